@@ -1,0 +1,26 @@
+"""Public operations: validated, differentiable where that makes sense, run by the compiled kernels."""
+
+from arimg.ops.attention import cached_attention, row_interval_attention
+from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
+from arimg.ops.kv_cache import append_qk_norm_
+from arimg.ops.pyramid import accumulate_, area_down, bicubic_up, encode
+from arimg.ops.quantize import lookup, nearest_code, quantize
+from arimg.ops.sampling import philox_uniform, sample
+
+__all__ = [
+    "accumulate_",
+    "append_qk_norm_",
+    "area_down",
+    "bicubic_up",
+    "cached_attention",
+    "encode",
+    "gated_residual",
+    "gated_residual_norm",
+    "lookup",
+    "nearest_code",
+    "norm_modulate",
+    "philox_uniform",
+    "quantize",
+    "row_interval_attention",
+    "sample",
+]

@@ -1,0 +1,26 @@
+"""Every operation of `arimg.ops` in plain torch, with the same signature: oracle, fallback and baseline."""
+
+from arimg.reference.attention import cached_attention, row_interval_attention
+from arimg.reference.block import gated_residual, gated_residual_norm, norm_modulate
+from arimg.reference.kv_cache import append_qk_norm_
+from arimg.reference.pyramid import accumulate_, area_down, bicubic_up, encode
+from arimg.reference.quantize import lookup, nearest_code, quantize
+from arimg.reference.sampling import philox_uniform, sample
+
+__all__ = [
+    "accumulate_",
+    "append_qk_norm_",
+    "area_down",
+    "bicubic_up",
+    "cached_attention",
+    "encode",
+    "gated_residual",
+    "gated_residual_norm",
+    "lookup",
+    "nearest_code",
+    "norm_modulate",
+    "philox_uniform",
+    "quantize",
+    "row_interval_attention",
+    "sample",
+]

@@ -1,0 +1,27 @@
+"""The arithmetic between linear layers in plain torch: the oracle of `arimg.ops.block`.
+
+x, y are [B, L, C]; scale, shift and gate broadcast as [B, 1, C]. Arithmetic is float32, results have the type
+of x. All functions are differentiable.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over C without parameters, then * (1 + scale) + shift (adaptive layer norm)."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y."""
+    return (x.float() + gate.float() * y.float()).to(x.dtype)
+
+
+def gated_residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """x_new = x + gate * y and the next sub-layer's input: (x_new, norm_modulate(x_new, scale, shift))."""
+    x_new = gated_residual(x, y, gate)
+    return x_new, norm_modulate(x_new, scale, shift, eps=eps)

@@ -1,0 +1,44 @@
+"""Codebook lookup in plain torch: the oracle and the fallback of `arimg.ops.quantize`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROWS_PER_BLOCK = 4096  # bounds the distance matrix to this many rows
+
+
+def nearest_code(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
+    """Index of the code nearest to each row: x [N, D], codebook [K, D] -> int64 [N].
+
+    metric "l2" minimises |x - e|^2, "cosine" and "dot" maximise the similarity. Ties go to the lowest index
+    and a row with a NaN gets index 0. Distances are taken in float32 (float64 for float64 input); no
+    gradient.
+    """
+    x, codes = (t.detach() if t.dtype == torch.float64 else t.detach().float() for t in (x, codebook))
+    if metric == "cosine":  # the length of x does not change the order
+        codes = F.normalize(codes, dim=-1)
+    offset = 0.5 * codes.square().sum(-1) if metric == "l2" else codes.new_zeros(len(codes))
+    index = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for i in range(0, len(x), _ROWS_PER_BLOCK):
+        rows = x[i : i + _ROWS_PER_BLOCK]
+        # |x - e|^2 / 2 without the |x|^2 that all codes share; argmin takes the first of equals and the first
+        # NaN
+        index[i : i + _ROWS_PER_BLOCK] = (offset - rows @ codes.T).argmin(-1)
+    return index.masked_fill_(x.isnan().any(-1), 0)
+
+
+def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
+    """Rows of the codebook: indices [...], codebook [K, D] -> [..., D]. Differentiable in the codebook."""
+    return F.embedding(indices, codebook)
+
+
+def quantize(x: Tensor, codebook: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    """Nearest codes and their indices: x [..., D] -> (z_q [..., D], indices [...]).
+
+    Straight-through: the gradient of z_q passes to x unchanged and the codebook gets none.
+    """
+    indices = nearest_code(x.reshape(-1, x.shape[-1]), codebook, metric).reshape(x.shape[:-1])
+    z_q = lookup(indices, codebook.detach()).to(x.dtype)
+    if x.requires_grad:
+        z_q = z_q + (x - x.detach())  # adds an exact zero; x + (z_q - x) would round
+    return z_q, indices
