@@ -1,0 +1,229 @@
+// One small vector type, `F32`: W floats, and `I32`: W 32-bit integers. Kernels are written once against it.
+//
+// It stands on the compiler's vector extensions rather than on one set of intrinsics, so the same source is
+// AVX-512 (W = 16), AVX2 (W = 8), and a four-wide baseline that any machine has (SSE2, NEON); intrinsics are
+// used only where the compiler has no equal (fused multiply-add, half precision, rounding).
+//
+// Include only from *_cpu.cpp. No std:: functions in those files: a shared inline function compiled with
+// AVX-512 flags could be picked by the linker for a machine without them (tests/test_build.py checks).
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "core/dtype.h"
+
+#if !defined(ARIMG_SIMD)
+#error "compile through CMake: ARIMG_SIMD names the level's namespace"
+#endif
+
+#define ARIMG_INLINE inline __attribute__((always_inline))
+
+namespace arimg {
+namespace ARIMG_SIMD {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float FloatVec __attribute__((vector_size(W * 4)));
+typedef int32_t IntVec __attribute__((vector_size(W * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(W * 4)));
+typedef uint16_t ShortVec __attribute__((vector_size(W * 2)));
+
+struct I32 {
+  IntVec v;
+  I32() = default;
+  ARIMG_INLINE I32(IntVec x) : v(x) {}
+  ARIMG_INLINE I32(int32_t x) : v(IntVec{} + x) {}
+  static ARIMG_INLINE I32 load(const int32_t* p) {
+    I32 r;
+    __builtin_memcpy(&r.v, p, sizeof(r.v));
+    return r;
+  }
+  ARIMG_INLINE void store(int32_t* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
+  ARIMG_INLINE int32_t operator[](int i) const { return v[i]; }
+};
+
+// Lanes 0, 1, ..., W-1.
+static ARIMG_INLINE I32 lane_index() {
+  IntVec r;
+  for (int i = 0; i < W; ++i) r[i] = i;
+  return r;
+}
+
+ARIMG_INLINE I32 operator+(I32 a, I32 b) { return a.v + b.v; }
+ARIMG_INLINE I32 operator-(I32 a, I32 b) { return a.v - b.v; }
+ARIMG_INLINE I32 operator&(I32 a, I32 b) { return a.v & b.v; }
+ARIMG_INLINE I32 operator|(I32 a, I32 b) { return a.v | b.v; }
+ARIMG_INLINE I32 operator^(I32 a, I32 b) { return a.v ^ b.v; }
+ARIMG_INLINE I32 operator<<(I32 a, int n) { return a.v << n; }
+ARIMG_INLINE I32 operator>>(I32 a, int n) { return a.v >> n; }  // arithmetic
+
+// The result of a comparison: all bits of a lane set, or none.
+struct Mask {
+  IntVec m;
+};
+ARIMG_INLINE Mask operator<(I32 a, I32 b) { return {a.v < b.v}; }
+ARIMG_INLINE Mask operator>(I32 a, I32 b) { return {a.v > b.v}; }
+ARIMG_INLINE Mask operator==(I32 a, I32 b) { return {a.v == b.v}; }
+ARIMG_INLINE Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
+ARIMG_INLINE Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
+ARIMG_INLINE I32 select(Mask m, I32 a, I32 b) { return (IntVec)((m.m & a.v) | (~m.m & b.v)); }
+
+struct F32 {
+  FloatVec v;
+  F32() = default;
+  ARIMG_INLINE F32(FloatVec x) : v(x) {}
+  ARIMG_INLINE F32(float x) : v(FloatVec{} + x) {}
+
+  static ARIMG_INLINE F32 load(const float* p) {
+    F32 r;
+    __builtin_memcpy(&r.v, p, sizeof(r.v));
+    return r;
+  }
+  static ARIMG_INLINE F32 load(const BFloat16* p) {
+    ShortVec s;
+    __builtin_memcpy(&s, p, sizeof(s));
+    return (FloatVec)(__builtin_convertvector(s, UintVec) << 16);
+  }
+  static ARIMG_INLINE F32 load(const Half* p) {
+#if defined(__AVX512F__)
+    return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    FloatVec r;
+    for (int i = 0; i < W; ++i) r[i] = to_float(p[i]);
+    return r;
+#endif
+  }
+  // The first n lanes from p (0 <= n <= W), the rest `fill`; reads nothing beyond p + n.
+  template <typename T>
+  static ARIMG_INLINE F32 load_partial(const T* p, int n, float fill = 0.f) {
+    F32 r(fill);
+    for (int i = 0; i < n; ++i) r.v[i] = to_float(p[i]);
+    return r;
+  }
+
+  ARIMG_INLINE void store(float* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
+  ARIMG_INLINE void store(BFloat16* p) const {
+    UintVec u = (UintVec)v;
+    UintVec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    UintVec nan = (u >> 16) | 0x40;
+    UintVec is_nan = (UintVec)(v != v);
+    ShortVec s = __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), ShortVec);
+    __builtin_memcpy(p, &s, sizeof(s));
+  }
+  ARIMG_INLINE void store(Half* p) const {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < W; ++i) p[i] = from_float<Half>(v[i]);
+#endif
+  }
+  template <typename T>
+  ARIMG_INLINE void store_partial(T* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+  }
+  ARIMG_INLINE float operator[](int i) const { return v[i]; }
+};
+
+ARIMG_INLINE F32 operator+(F32 a, F32 b) { return a.v + b.v; }
+ARIMG_INLINE F32 operator-(F32 a, F32 b) { return a.v - b.v; }
+ARIMG_INLINE F32 operator*(F32 a, F32 b) { return a.v * b.v; }
+ARIMG_INLINE F32 operator/(F32 a, F32 b) { return a.v / b.v; }
+ARIMG_INLINE Mask operator<(F32 a, F32 b) { return {(IntVec)(a.v < b.v)}; }
+ARIMG_INLINE Mask operator<=(F32 a, F32 b) { return {(IntVec)(a.v <= b.v)}; }
+ARIMG_INLINE Mask operator>(F32 a, F32 b) { return {(IntVec)(a.v > b.v)}; }
+ARIMG_INLINE Mask operator>=(F32 a, F32 b) { return {(IntVec)(a.v >= b.v)}; }
+ARIMG_INLINE Mask operator==(F32 a, F32 b) { return {(IntVec)(a.v == b.v)}; }
+ARIMG_INLINE F32 select(Mask m, F32 a, F32 b) { return m.m ? a.v : b.v; }
+ARIMG_INLINE F32 max(F32 a, F32 b) { return a.v > b.v ? a.v : b.v; }  // b where either is NaN
+ARIMG_INLINE F32 min(F32 a, F32 b) { return a.v < b.v ? a.v : b.v; }
+
+// a * b + c, rounded once, on every level.
+ARIMG_INLINE F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
+#else
+  FloatVec r;
+  for (int i = 0; i < W; ++i) r[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return r;
+#endif
+}
+
+// a * b + c, fused where that is fast.
+ARIMG_INLINE F32 mul_add(F32 a, F32 b, F32 c) {
+#if defined(__AVX2__)
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+ARIMG_INLINE F32 sqrt(F32 a) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_sqrt_ps((__m512)a.v);
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_sqrt_ps((__m256)a.v);
+#else
+  FloatVec r;
+  for (int i = 0; i < W; ++i) r[i] = __builtin_sqrtf(a.v[i]);
+  return r;
+#endif
+}
+
+// Nearest integer, halves to even; defined for |x| < 2^31.
+ARIMG_INLINE I32 round_to_int(F32 a) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtps_epi32((__m512)a.v);
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtps_epi32((__m256)a.v);
+#else
+  IntVec r;
+  for (int i = 0; i < W; ++i) r[i] = int32_t(__builtin_rintf(a.v[i]));
+  return r;
+#endif
+}
+
+ARIMG_INLINE F32 to_float(I32 a) { return __builtin_convertvector(a.v, FloatVec); }
+ARIMG_INLINE I32 bits(F32 a) { return (IntVec)a.v; }
+ARIMG_INLINE F32 float_from_bits(I32 a) { return (FloatVec)a.v; }
+
+// Reductions by halving: the order depends on W alone, never on the data.
+ARIMG_INLINE float reduce_add(F32 a) {
+  float t[W];
+  a.store(t);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] += t[i + half];
+  return t[0];
+}
+ARIMG_INLINE float reduce_max(F32 a) {
+  float m = a.v[0];
+  for (int i = 1; i < W; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+ARIMG_INLINE bool any(Mask m) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)m.m, (__m512i)m.m) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)m.m) != 0;
+#else
+  int r = 0;
+  for (int i = 0; i < W; ++i) r |= m.m[i];
+  return r != 0;
+#endif
+}
+
+}  // namespace ARIMG_SIMD
+}  // namespace arimg
