@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
-
 from arimg import _library
 
 LEVELS = _library.SIMD_LEVELS

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close
-
 from arimg import ops
+from tolerance import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (2, 3, 7), (2, 5, 64), (3, 2, 129), (2, 4, 1024), (1, 2, 2500)]
@@ -63,10 +62,13 @@ def test_non_contiguous_broadcast_empty_and_nan(backend):
     x, _, m = make((2, 6, 40), torch.float32, backend.device)
     view = x.transpose(0, 1).contiguous().transpose(0, 1)[:, ::2]
     assert torch.equal(
-        ops.norm_modulate(view, m[:, :1], m[:, 1:2]), ops.norm_modulate(view.contiguous(), m[:, :1], m[:, 1:2])
+        ops.norm_modulate(view, m[:, :1], m[:, 1:2]),
+        ops.norm_modulate(view.contiguous(), m[:, :1], m[:, 1:2]),
     )
     one = m[:1, :1]
-    assert torch.equal(ops.norm_modulate(x, one, one), ops.norm_modulate(x, one.expand(2, 1, 40), one.expand(2, 1, 40)))
+    assert torch.equal(
+        ops.norm_modulate(x, one, one), ops.norm_modulate(x, one.expand(2, 1, 40), one.expand(2, 1, 40))
+    )
     assert ops.norm_modulate(x[:, :0], m[:, :1], m[:, 1:2]).shape == (2, 0, 40)
     poisoned = x.clone()
     poisoned[0, 1, 3] = float("nan")

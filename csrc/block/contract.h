@@ -2,7 +2,8 @@
 //
 // All tensors are rows of C contiguous elements of one storage type; row r belongs to batch entry
 // r / rows_per_batch, which selects its row of scale, shift and gate. Statistics are taken in fp32 with two
-// passes (mean, then squared deviations), so a large mean does not cancel. Outputs may alias inputs row for row.
+// passes (mean, then squared deviations), so a large mean does not cancel. Outputs may alias inputs row for
+// row.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +16,13 @@ namespace arimg {
 
 struct NormModulate {
   DType dtype;
-  const void* x;         // [rows, C]
-  const void* y;         // [rows, C] added as x + gate * y, or nullptr
-  const void* gate;      // [batch, C], with y
-  const void* scale;     // [batch, C]; nullptr: no norm, only the residual
-  const void* shift;     // [batch, C]
-  void* residual;        // [rows, C] receives x + gate * y (with y)
-  void* out;             // [rows, C] receives LayerNorm(x + gate * y) * (1 + scale) + shift (with scale)
+  const void* x;      // [rows, C]
+  const void* y;      // [rows, C] added as x + gate * y, or nullptr
+  const void* gate;   // [batch, C], with y
+  const void* scale;  // [batch, C]; nullptr: no norm, only the residual
+  const void* shift;  // [batch, C]
+  void* residual;     // [rows, C] receives x + gate * y (with y)
+  void* out;          // [rows, C] receives LayerNorm(x + gate * y) * (1 + scale) + shift (with scale)
   int64_t rows, rows_per_batch, channels;
   int64_t scale_stride, shift_stride, gate_stride;  // elements between batch entries
   float eps;

@@ -1,5 +1,5 @@
-// See contract.h. One pass over memory per row: the row (a few KiB) stays in the first-level cache between the
-// mean, the deviations and the output.
+// See contract.h. One pass over memory per row: the row (a few KiB) stays in the first-level cache between
+// the mean, the deviations and the output.
 #include "block/contract.h"
 #include "core/simd.h"
 

@@ -5,7 +5,9 @@ namespace arimg {
 namespace {
 
 // A few microseconds of work per thread at least.
-int64_t row_grain(int64_t channels) { return 1 + 16384 / (channels + 1); }
+int64_t row_grain(int64_t channels) {
+  return 1 + 16384 / (channels + 1);
+}
 
 void run(const NormModulate& p, const Tensor& x, const char* op) {
   if (p.rows == 0 || p.channels == 0) return;
@@ -29,7 +31,8 @@ NormModulate describe(const Tensor& x) {
   return p;
 }
 
-// [B, 1, C] with contiguous channels; the batch stride is free, so slices of one modulation tensor need no copy.
+// [B, 1, C] with contiguous channels; the batch stride is free, so slices of one modulation tensor need no
+// copy.
 const void* per_batch(const Tensor& t, const Tensor& x, int64_t& stride) {
   require(t.dim() == 3 && t.size(0) == x.size(0) && t.size(1) == 1 && t.size(2) == x.size(2) &&
               (t.stride(2) == 1 || t.size(2) == 1) && t.scalar_type() == x.scalar_type(),
@@ -49,7 +52,8 @@ Tensor norm_modulate_op(const Tensor& x, const Tensor& scale, const Tensor& shif
   return out;
 }
 
-void add_gated(NormModulate& p, const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& residual) {
+void add_gated(NormModulate& p, const Tensor& x, const Tensor& y, const Tensor& gate,
+               const Tensor& residual) {
   require(y.is_contiguous() && y.numel() == x.numel() && y.scalar_type() == x.scalar_type(),
           "arimg: expected contiguous y of x's shape and dtype");
   p.y = y.const_data_ptr();
@@ -83,7 +87,9 @@ Tensor gated_residual_op(const Tensor& x, const Tensor& y, const Tensor& gate) {
 
 ARIMG_OPS_SCHEMAS(m) {
   m.def("norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor");
-  m.def("gated_residual_norm(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "gated_residual_norm(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps) -> "
+      "(Tensor, Tensor)");
   m.def("gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor");
 }
 

@@ -39,8 +39,12 @@ static ARIMG_HD float bits_float(uint32_t u) {
   return x;
 }
 
-static ARIMG_HD float to_float(float x) { return x; }
-static ARIMG_HD float to_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
+static ARIMG_HD float to_float(float x) {
+  return x;
+}
+static ARIMG_HD float to_float(BFloat16 x) {
+  return bits_float(uint32_t(x.bits) << 16);
+}
 static ARIMG_HD float to_float(Half x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
@@ -77,7 +81,8 @@ ARIMG_HD Half from_float<Half>(float x) {
 #endif
 }
 
-// Calls f with a value of the storage type that `dtype` names: with_dtype(d, [&](auto t) { using T = decltype(t); ... }).
+// Calls f with a value of the storage type that `dtype` names: with_dtype(d, [&](auto t) { using T =
+// decltype(t); ... }).
 template <typename F>
 static inline auto with_dtype(DType dtype, F&& f) {
   switch (dtype) {

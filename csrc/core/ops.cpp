@@ -39,8 +39,8 @@ void check(Status status, const char* op) {
 
 #if defined(ARIMG_HAS_STREAMS)
 
-// This library also loads where PyTorch has no CUDA, so the shim is looked up in the libtorch_cuda.so that the
-// process already holds, never linked.
+// This library also loads where PyTorch has no CUDA, so the shim is looked up in the libtorch_cuda.so that
+// the process already holds, never linked.
 using CurrentStream = int32_t (*)(int32_t, void**);
 static CurrentStream current_stream_shim() {
   static CurrentStream shim = [] {
@@ -53,7 +53,8 @@ static CurrentStream current_stream_shim() {
 GpuScope::GpuScope(const Tensor& x) {
   if (!x.is_cuda()) return;
   CurrentStream shim = current_stream_shim();
-  STD_TORCH_CHECK(shim != nullptr, "arimg: libtorch_cuda.so is not loaded, so there is no current CUDA stream");
+  STD_TORCH_CHECK(shim != nullptr,
+                  "arimg: libtorch_cuda.so is not loaded, so there is no current CUDA stream");
   int device = x.get_device_index();
   int current = -1;
   if (cudaGetDevice(&current) == cudaSuccess && current != device) {
@@ -83,7 +84,9 @@ GpuScope::~GpuScope() {}
 extern "C" __attribute__((visibility("default"))) const char* arimg_cuda_architectures() {
   return ARIMG_CUDA_ARCHITECTURES;
 }
-extern "C" __attribute__((visibility("default"))) int arimg_simd_level() { return int(arimg::simd_level()); }
+extern "C" __attribute__((visibility("default"))) int arimg_simd_level() {
+  return int(arimg::simd_level());
+}
 extern "C" __attribute__((visibility("default"))) int arimg_detected_simd_level() {
   return int(arimg::detected_simd_level());
 }

@@ -24,15 +24,21 @@
 // ARIMG_OPS_IMPLEMENTATIONS(m) { m.impl("name", TORCH_BOX(&name)); }   one function serves CPU and CUDA
 #define ARIMG_OPS_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(ARIMG_OPS_NAMESPACE, m)
 #if defined(ARIMG_WITH_CUDA) && !defined(ARIMG_EMULATOR)
-#define ARIMG_OPS_IMPLEMENTATIONS(m)                                    \
+#define ARIMG_OPS_IMPLEMENTATIONS(m)                                        \
   static void arimg_implementations(torch::stable::detail::StableLibrary&); \
-  STABLE_TORCH_LIBRARY_IMPL(ARIMG_OPS_NAMESPACE, CPU, lib) { arimg_implementations(lib); }  \
-  STABLE_TORCH_LIBRARY_IMPL(ARIMG_OPS_NAMESPACE, CUDA, lib) { arimg_implementations(lib); } \
+  STABLE_TORCH_LIBRARY_IMPL(ARIMG_OPS_NAMESPACE, CPU, lib) {                \
+    arimg_implementations(lib);                                             \
+  }                                                                         \
+  STABLE_TORCH_LIBRARY_IMPL(ARIMG_OPS_NAMESPACE, CUDA, lib) {               \
+    arimg_implementations(lib);                                             \
+  }                                                                         \
   static void arimg_implementations(torch::stable::detail::StableLibrary& m)
 #else
-#define ARIMG_OPS_IMPLEMENTATIONS(m)                                    \
+#define ARIMG_OPS_IMPLEMENTATIONS(m)                                        \
   static void arimg_implementations(torch::stable::detail::StableLibrary&); \
-  STABLE_TORCH_LIBRARY_IMPL(ARIMG_OPS_NAMESPACE, CPU, lib) { arimg_implementations(lib); } \
+  STABLE_TORCH_LIBRARY_IMPL(ARIMG_OPS_NAMESPACE, CPU, lib) {                \
+    arimg_implementations(lib);                                             \
+  }                                                                         \
   static void arimg_implementations(torch::stable::detail::StableLibrary& m)
 #endif
 
@@ -48,12 +54,16 @@ namespace arimg {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Status no_cuda_in_this_build() { return Status::unsupported; }
+inline Status no_cuda_in_this_build() {
+  return Status::unsupported;
+}
 
 // Turns a status that is not ok into an exception. Defined in core/ops.cpp.
 void check(Status status, const char* op);
 
-inline void require(bool condition, const char* message) { STD_TORCH_CHECK(condition, message); }
+inline void require(bool condition, const char* message) {
+  STD_TORCH_CHECK(condition, message);
+}
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {

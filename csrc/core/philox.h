@@ -29,7 +29,9 @@ static ARIMG_HD Philox4 philox(uint64_t seed, uint64_t position, uint32_t draw) 
 }
 
 // Uniform in (0, 1), a multiple of 2^-25, never 0 or 1.
-static ARIMG_HD float uniform_from_bits(uint32_t word) { return (float(word >> 8) + 0.5f) * 0x1p-24f; }
+static ARIMG_HD float uniform_from_bits(uint32_t word) {
+  return (float(word >> 8) + 0.5f) * 0x1p-24f;
+}
 
 static ARIMG_HD float philox_uniform(uint64_t seed, uint64_t position, uint32_t draw) {
   return uniform_from_bits(philox(seed, position, draw).word[0]);

@@ -57,24 +57,50 @@ static ARIMG_INLINE I32 lane_index() {
   return r;
 }
 
-ARIMG_INLINE I32 operator+(I32 a, I32 b) { return a.v + b.v; }
-ARIMG_INLINE I32 operator-(I32 a, I32 b) { return a.v - b.v; }
-ARIMG_INLINE I32 operator&(I32 a, I32 b) { return a.v & b.v; }
-ARIMG_INLINE I32 operator|(I32 a, I32 b) { return a.v | b.v; }
-ARIMG_INLINE I32 operator^(I32 a, I32 b) { return a.v ^ b.v; }
-ARIMG_INLINE I32 operator<<(I32 a, int n) { return a.v << n; }
-ARIMG_INLINE I32 operator>>(I32 a, int n) { return a.v >> n; }  // arithmetic
+ARIMG_INLINE I32 operator+(I32 a, I32 b) {
+  return a.v + b.v;
+}
+ARIMG_INLINE I32 operator-(I32 a, I32 b) {
+  return a.v - b.v;
+}
+ARIMG_INLINE I32 operator&(I32 a, I32 b) {
+  return a.v & b.v;
+}
+ARIMG_INLINE I32 operator|(I32 a, I32 b) {
+  return a.v | b.v;
+}
+ARIMG_INLINE I32 operator^(I32 a, I32 b) {
+  return a.v ^ b.v;
+}
+ARIMG_INLINE I32 operator<<(I32 a, int n) {
+  return a.v << n;
+}
+ARIMG_INLINE I32 operator>>(I32 a, int n) {
+  return a.v >> n;
+}  // arithmetic
 
 // The result of a comparison: all bits of a lane set, or none.
 struct Mask {
   IntVec m;
 };
-ARIMG_INLINE Mask operator<(I32 a, I32 b) { return {a.v < b.v}; }
-ARIMG_INLINE Mask operator>(I32 a, I32 b) { return {a.v > b.v}; }
-ARIMG_INLINE Mask operator==(I32 a, I32 b) { return {a.v == b.v}; }
-ARIMG_INLINE Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
-ARIMG_INLINE Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
-ARIMG_INLINE I32 select(Mask m, I32 a, I32 b) { return (IntVec)((m.m & a.v) | (~m.m & b.v)); }
+ARIMG_INLINE Mask operator<(I32 a, I32 b) {
+  return {a.v < b.v};
+}
+ARIMG_INLINE Mask operator>(I32 a, I32 b) {
+  return {a.v > b.v};
+}
+ARIMG_INLINE Mask operator==(I32 a, I32 b) {
+  return {a.v == b.v};
+}
+ARIMG_INLINE Mask operator&(Mask a, Mask b) {
+  return {a.m & b.m};
+}
+ARIMG_INLINE Mask operator|(Mask a, Mask b) {
+  return {a.m | b.m};
+}
+ARIMG_INLINE I32 select(Mask m, I32 a, I32 b) {
+  return (IntVec)((m.m & a.v) | (~m.m & b.v));
+}
 
 struct F32 {
   FloatVec v;
@@ -136,18 +162,42 @@ struct F32 {
   ARIMG_INLINE float operator[](int i) const { return v[i]; }
 };
 
-ARIMG_INLINE F32 operator+(F32 a, F32 b) { return a.v + b.v; }
-ARIMG_INLINE F32 operator-(F32 a, F32 b) { return a.v - b.v; }
-ARIMG_INLINE F32 operator*(F32 a, F32 b) { return a.v * b.v; }
-ARIMG_INLINE F32 operator/(F32 a, F32 b) { return a.v / b.v; }
-ARIMG_INLINE Mask operator<(F32 a, F32 b) { return {(IntVec)(a.v < b.v)}; }
-ARIMG_INLINE Mask operator<=(F32 a, F32 b) { return {(IntVec)(a.v <= b.v)}; }
-ARIMG_INLINE Mask operator>(F32 a, F32 b) { return {(IntVec)(a.v > b.v)}; }
-ARIMG_INLINE Mask operator>=(F32 a, F32 b) { return {(IntVec)(a.v >= b.v)}; }
-ARIMG_INLINE Mask operator==(F32 a, F32 b) { return {(IntVec)(a.v == b.v)}; }
-ARIMG_INLINE F32 select(Mask m, F32 a, F32 b) { return m.m ? a.v : b.v; }
-ARIMG_INLINE F32 max(F32 a, F32 b) { return a.v > b.v ? a.v : b.v; }  // b where either is NaN
-ARIMG_INLINE F32 min(F32 a, F32 b) { return a.v < b.v ? a.v : b.v; }
+ARIMG_INLINE F32 operator+(F32 a, F32 b) {
+  return a.v + b.v;
+}
+ARIMG_INLINE F32 operator-(F32 a, F32 b) {
+  return a.v - b.v;
+}
+ARIMG_INLINE F32 operator*(F32 a, F32 b) {
+  return a.v * b.v;
+}
+ARIMG_INLINE F32 operator/(F32 a, F32 b) {
+  return a.v / b.v;
+}
+ARIMG_INLINE Mask operator<(F32 a, F32 b) {
+  return {(IntVec)(a.v < b.v)};
+}
+ARIMG_INLINE Mask operator<=(F32 a, F32 b) {
+  return {(IntVec)(a.v <= b.v)};
+}
+ARIMG_INLINE Mask operator>(F32 a, F32 b) {
+  return {(IntVec)(a.v > b.v)};
+}
+ARIMG_INLINE Mask operator>=(F32 a, F32 b) {
+  return {(IntVec)(a.v >= b.v)};
+}
+ARIMG_INLINE Mask operator==(F32 a, F32 b) {
+  return {(IntVec)(a.v == b.v)};
+}
+ARIMG_INLINE F32 select(Mask m, F32 a, F32 b) {
+  return m.m ? a.v : b.v;
+}
+ARIMG_INLINE F32 max(F32 a, F32 b) {
+  return a.v > b.v ? a.v : b.v;
+}  // b where either is NaN
+ARIMG_INLINE F32 min(F32 a, F32 b) {
+  return a.v < b.v ? a.v : b.v;
+}
 
 // a * b + c, rounded once, on every level.
 ARIMG_INLINE F32 fma(F32 a, F32 b, F32 c) {
@@ -196,9 +246,15 @@ ARIMG_INLINE I32 round_to_int(F32 a) {
 #endif
 }
 
-ARIMG_INLINE F32 to_float(I32 a) { return __builtin_convertvector(a.v, FloatVec); }
-ARIMG_INLINE I32 bits(F32 a) { return (IntVec)a.v; }
-ARIMG_INLINE F32 float_from_bits(I32 a) { return (FloatVec)a.v; }
+ARIMG_INLINE F32 to_float(I32 a) {
+  return __builtin_convertvector(a.v, FloatVec);
+}
+ARIMG_INLINE I32 bits(F32 a) {
+  return (IntVec)a.v;
+}
+ARIMG_INLINE F32 float_from_bits(I32 a) {
+  return (FloatVec)a.v;
+}
 
 // Reductions by halving: the order depends on W alone, never on the data.
 ARIMG_INLINE float reduce_add(F32 a) {

@@ -46,7 +46,9 @@ static std::atomic<SimdLevel>& current() {
   return level;
 }
 
-SimdLevel simd_level() { return current().load(std::memory_order_relaxed); }
+SimdLevel simd_level() {
+  return current().load(std::memory_order_relaxed);
+}
 
 bool set_simd_level(SimdLevel level) {
   if (level > detected_simd_level()) return false;

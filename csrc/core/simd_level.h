@@ -16,9 +16,9 @@
   namespace avx512 {                              \
   result name arguments;                          \
   }
-#define ARIMG_CPU(name)                                                  \
-  (::arimg::simd_level() == ::arimg::SimdLevel::avx512 ? avx512::name    \
-   : ::arimg::simd_level() == ::arimg::SimdLevel::avx2 ? avx2::name      \
+#define ARIMG_CPU(name)                                               \
+  (::arimg::simd_level() == ::arimg::SimdLevel::avx512 ? avx512::name \
+   : ::arimg::simd_level() == ::arimg::SimdLevel::avx2 ? avx2::name   \
                                                        : scalar::name)
 #else
 #define ARIMG_CPU_KERNEL(result, name, arguments) \

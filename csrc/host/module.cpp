@@ -32,7 +32,8 @@ static py::tuple row_intervals(const std::vector<int64_t>& lengths, const std::s
     if (n < 0) throw py::value_error("expected segment lengths >= 0, got " + std::to_string(n));
     total += n;
   }
-  if (total > INT32_MAX) throw py::value_error("expected at most 2^31-1 tokens, got " + std::to_string(total));
+  if (total > INT32_MAX)
+    throw py::value_error("expected at most 2^31-1 tokens, got " + std::to_string(total));
   py::array_t<int32_t> start(total), end(total);
   auto s = start.mutable_unchecked<1>();
   auto e = end.mutable_unchecked<1>();
@@ -48,7 +49,8 @@ static py::tuple row_intervals(const std::vector<int64_t>& lengths, const std::s
       } else if (rule == "full") {
         s(i) = 0, e(i) = int32_t(total);
       } else {
-        throw py::value_error("expected rule token-causal, level-causal, level-diagonal or full, got " + rule);
+        throw py::value_error("expected rule token-causal, level-causal, level-diagonal or full, got " +
+                              rule);
       }
     }
     begin += n;

@@ -20,7 +20,9 @@ def show_config() -> str:
         "arimg": f"{__version__} ({_library.library_dir()})",
         "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "operators": "loaded" if problem is None else f"NOT LOADED, the slow reference runs instead: {problem}",
+        "operators": "loaded"
+        if problem is None
+        else f"NOT LOADED, the slow reference runs instead: {problem}",
         "SIMD level": f"{_library.simd_level()} (this machine has {', '.join(_library.simd_levels())})",
         "CUDA": _cuda(architectures),
         "host module": _host(),

@@ -44,9 +44,13 @@ def _torch_version() -> tuple[int, int]:
 def _load_shared(name: str) -> ctypes.CDLL:
     path = library_dir() / f"{name}.so"
     if _torch_version() < MINIMUM_TORCH:
-        raise OSError(f"the operators need torch >= 2.10 (libtorch stable ABI), got torch {torch.__version__}")
+        raise OSError(
+            f"the operators need torch >= 2.10 (libtorch stable ABI), got torch {torch.__version__}"
+        )
     if not path.exists():
-        raise OSError(f"{path.name} is not in {path.parent}: the package was not built (see README, 'make build')")
+        raise OSError(
+            f"{path.name} is not in {path.parent}: the package was not built (see README, 'make build')"
+        )
     # torch.ops.load_library would hide the reason behind a generic message; ctypes gives the loader's own words.
     return ctypes.CDLL(str(path))
 
@@ -139,7 +143,9 @@ def set_simd_level(level: str) -> None:
     if level not in SIMD_LEVELS:
         raise ValueError(f"expected a SIMD level of {', '.join(SIMD_LEVELS)}, got {level!r}")
     if _library is None or not _library.arimg_set_simd_level(SIMD_LEVELS.index(level)):
-        raise ValueError(f"expected a SIMD level that runs here ({', '.join(simd_levels()) or 'none'}), got {level!r}")
+        raise ValueError(
+            f"expected a SIMD level that runs here ({', '.join(simd_levels()) or 'none'}), got {level!r}"
+        )
 
 
 def host() -> ModuleType:
