@@ -51,18 +51,22 @@ static void row_norm_modulate(const NormModulate& p, int64_t row) {
   F32 total(0.f);
   for_lanes(C, [&](int64_t i, int n) { total = total + load_lanes(x + i, n); });
   float mean = reduce_add(total) / float(C);
-  F32 squares(0.f);
+  // The second pass also sums the deviations themselves, which takes back the rounding of the first mean.
+  F32 squares(0.f), deviations(0.f);
   for_lanes(C, [&](int64_t i, int n) {
     // Lanes beyond the row must not add mean^2.
     F32 d = (n == W ? F32::load(x + i) : F32::load_partial(x + i, n, mean)) - F32(mean);
     squares = mul_add(d, d, squares);
+    deviations = deviations + d;
   });
-  float inverse = 1.f / __builtin_sqrtf(reduce_add(squares) / float(C) + p.eps);
+  float correction = reduce_add(deviations) / float(C);
+  float variance = reduce_add(squares) / float(C) - correction * correction;
+  float inverse = 1.f / __builtin_sqrtf((variance > 0.f ? variance : 0.f) + p.eps);
   const T* scale = (const T*)p.scale + (row / p.rows_per_batch) * p.scale_stride;
   const T* shift = (const T*)p.shift + (row / p.rows_per_batch) * p.shift_stride;
   T* out = (T*)p.out + row * C;
   for_lanes(C, [&](int64_t i, int n) {
-    F32 normed = (load_lanes(x + i, n) - F32(mean)) * F32(inverse);
+    F32 normed = (load_lanes(x + i, n) - F32(mean) - F32(correction)) * F32(inverse);
     store_lanes(mul_add(normed, load_lanes(scale + i, n) + F32(1.f), load_lanes(shift + i, n)), out + i, n);
   });
 }

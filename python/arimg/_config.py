@@ -35,7 +35,7 @@ def show_config() -> str:
 
 def _cuda(architectures: list[str]) -> str:
     if not architectures:
-        return "no CUDA operators in this build (nvcc was not found, or ARIMG_CUDA=OFF); CUDA tensors use the reference"
+        return "no CUDA operators in this build (no nvcc, or ARIMG_CUDA=OFF); CUDA tensors use the reference"
     built = "operators for sm_" + ", sm_".join(architectures)
     if torch.version.cuda is None:
         return f"{built}; this torch has no CUDA, so only the CPU operators run"

@@ -1,8 +1,9 @@
 """The one place that loads the compiled libraries, and that explains a failure to.
 
-`ops()` gives the namespace of registered operators, or None when they could not load; `problem()` says why in
-one sentence. Environment: ARIMG_LIBRARY_DIR names another folder to load `_ops.so`, `_host` and `_emulated.so`
-from (a development build); ARIMG_EMULATE_CUDA=1 routes every operator to the emulated CUDA kernels.
+`ops()` gives the namespace of registered operators, or None when they could not load; `problem()` says why
+in one sentence. Environment: ARIMG_LIBRARY_DIR names another folder to load `_ops.so`, `_host` and
+`_emulated.so` from (a development build); ARIMG_EMULATE_CUDA=1 routes every operator to the emulated CUDA
+kernels.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def on_load(hook: Callable[[str], object]) -> None:
 
 
 def load_emulated() -> None:
-    """Loads the emulated CUDA kernels (test builds, `-DARIMG_EMULATOR=ON`); raises OSError with the reason."""
+    """Loads the emulated CUDA kernels (builds with ARIMG_EMULATOR=ON); raises OSError with the reason."""
     global _emulated_problem
     if _emulated_problem is not None:
         _load_shared("_emulated")

@@ -30,12 +30,6 @@ def kernels(*tensors: Tensor | None) -> Any | None:
     return None
 
 
-def expect(condition: bool, wanted: str, got: object) -> None:
-    """Raises ValueError("expected <wanted>, got <got>") unless the condition holds."""
-    if not condition:
-        raise ValueError(f"expected {wanted}, got {got}")
-
-
 def expect_floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {type(x).__name__}")
@@ -54,7 +48,7 @@ def expect_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def fake(name: str) -> Callable[[Fake], Fake]:
-    """Registers the decorated shape function as the fake of an operator, in the real and the emulated library."""
+    """Registers the decorated shape function as an operator's fake, in the real and the emulated library."""
 
     def register(function: Fake) -> Fake:
         _library.on_load(lambda namespace: torch.library.register_fake(f"{namespace}::{name}", function))

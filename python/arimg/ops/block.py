@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from arimg import reference
-from arimg.ops._common import expect, expect_floating, expect_like, fake, kernels
+from arimg.ops._common import expect_floating, expect_like, fake, kernels
 
 __all__ = ["gated_residual", "gated_residual_norm", "norm_modulate"]
 
 
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """LayerNorm over C without parameters, then * (1 + scale) + shift (AdaLN; Peebles & Xie 2023, section 3.2).
+    """LayerNorm over C without parameters, then * (1 + scale) + shift (AdaLN; Peebles & Xie 2023, 3.2).
 
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
@@ -54,14 +54,18 @@ def gated_residual_norm(
 
 def _check(x: Tensor, y: Tensor | None = None, **modulation: Tensor) -> None:
     expect_floating("x", x)
-    expect(x.dim() == 3, "x [B, L, C]", list(x.shape))
+    if x.dim() != 3:
+        raise ValueError(f"expected x [B, L, C], got {list(x.shape)}")
     if y is not None:
         expect_like("y", y, "x", x)
-        expect(y.shape == x.shape, f"y of x's shape {list(x.shape)}", list(y.shape))
+        if y.shape != x.shape:
+            raise ValueError(f"expected y of x's shape {list(x.shape)}, got {list(y.shape)}")
     for name, t in modulation.items():
         expect_like(name, t, "x", x)
-        fits = t.dim() == 3 and t.shape[0] in (1, x.shape[0]) and t.shape[1] == 1 and t.shape[2] == x.shape[2]
-        expect(fits, f"{name} [{x.shape[0]}, 1, {x.shape[2]}]", list(t.shape))
+        # Comparisons one by one: `in` on symbolic sizes does not trace under torch.compile.
+        fits = t.dim() == 3 and (t.shape[0] == 1 or t.shape[0] == x.shape[0])
+        if not (fits and t.shape[1] == 1 and t.shape[2] == x.shape[2]):
+            raise ValueError(f"expected {name} [{x.shape[0]}, 1, {x.shape[2]}], got {list(t.shape)}")
 
 
 def _rows(t: Tensor, x: Tensor) -> Tensor:
