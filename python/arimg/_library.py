@@ -52,7 +52,7 @@ def _load_shared(name: str) -> ctypes.CDLL:
         raise OSError(
             f"{path.name} is not in {path.parent}: the package was not built (see README, 'make build')"
         )
-    # torch.ops.load_library would hide the reason behind a generic message; ctypes gives the loader's own words.
+    # torch.ops.load_library would hide the reason behind a generic message; ctypes does not.
     return ctypes.CDLL(str(path))
 
 
