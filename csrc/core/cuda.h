@@ -96,7 +96,9 @@ Status launch(const char* name, void (*kernel)(P...), Grid grid, dim3 block, siz
       return check(error, name);
     }
   }
-  kernel<<<grid.dim(), block, shared, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  // clang-format off
+  kernel<<<grid.dim(), block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  // clang-format on
   return check(cudaGetLastError(), name);
 }
 

@@ -32,7 +32,7 @@ class RaceCheck {
 
   void note(const unsigned char* shared, const unsigned char* at, size_t bytes, size_t unit, Kind kind,
             Where where) {
-    if (kind == atomic) drop_reference(uint32_t(at - shared));
+    if (kind != plain) drop_reference(uint32_t(at - shared));
     for (size_t done = 0; done < bytes; done += sizeof(Access::before)) {
       Access& a = log_.emplace_back();
       a.offset = uint32_t(at - shared + long(done));
@@ -86,7 +86,8 @@ class RaceCheck {
     Mark written, read[2];  // the latest reader and the latest one of another warp
   };
 
-  // The address of an atomic was taken through a reference, which was noted as an access of its own.
+  // The address of an atomic or a copy was taken through a reference, which was noted as an access of its
+  // own.
   void drop_reference(uint32_t offset) {
     for (size_t i = log_.size(), tries = 4; i-- > 0 && tries-- > 0;)
       if (log_[i].offset == offset && log_[i].kind == plain) return void(log_.erase(log_.begin() + long(i)));
