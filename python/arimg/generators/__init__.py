@@ -1,1 +1,22 @@
-"""."""
+"""Models that write pictures token by token."""
+
+from pathlib import Path
+
+from arimg.generators.var import VAR, Step
+from arimg.nn import checkpoint
+from arimg.nn.checkpoint import save
+from arimg.tokenizers import VQVAE
+
+__all__ = ["VAR", "Step", "load", "save"]
+
+
+def load(path: str | Path, tokenizer: VQVAE) -> VAR:
+    """Read a generator written by `save`, or a plain state dict of the released kind; in evaluation mode."""
+    state, entry = checkpoint.read(path)
+    if entry is None:
+        return VAR.from_state_dict(state, tokenizer=tokenizer)
+    if entry["kind"] != "VAR":
+        raise ValueError(f"expected a generator in {str(path)!r}, got a {entry['kind']}")
+    model = VAR(tokenizer, **entry["config"]).eval()
+    checkpoint.load_checked(model, state, "VAR")
+    return model

@@ -1,1 +1,1 @@
-"""."""
+"""Torch modules built from the operations."""

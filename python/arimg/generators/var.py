@@ -1,0 +1,392 @@
+"""VAR: visual autoregressive modelling by next-scale prediction (arXiv 2404.02905)."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from arimg import ops
+from arimg.cache import KVCache
+from arimg.guidance import LinearRamp
+from arimg.layout import Layout
+from arimg.nn import checkpoint
+from arimg.nn.adaln import AdaLNBeforeHead, AdaLNBlock, HeadModulation, Modulation, run_blocks
+from arimg.nn.linear import Linear
+from arimg.reference.kv_cache import split_qk_norm
+from arimg.reference.sampling import philox_uniform, row_seeds, token_weights
+from arimg.tokenizers.vqvae import SCALES_512, VQVAE
+
+# Buffers of released checkpoints that hold constants: accepted and not kept
+_CONSTANTS = ("lvl_1L", "attn_bias_for_masking")
+_CONSTANT_SUFFIX = ".attn.zero_k_bias"
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One scale of a generation.
+
+    scale: (h, w); indices: int64 [B, h * w]; f_hat: the running sum [B, C, H, W] after this scale;
+    logits: [B or 2B, h * w, V] before guidance, conditional rows first.
+    """
+
+    index: int
+    scale: tuple[int, int]
+    indices: Tensor
+    f_hat: Tensor
+    logits: Tensor
+    tokenizer: VQVAE
+
+    @cached_property
+    def image(self) -> Tensor:
+        """The picture so far, [B, 3, H, W] in [0, 1], decoded at the first access."""
+        return self.tokenizer.decode_features(self.f_hat)
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """What the class decides, constant over all steps."""
+
+    first: Tensor  # [B, first, C] input of the first scale
+    blocks: list[Modulation]
+    head: HeadModulation
+
+
+class VAR(nn.Module):
+    """Class-conditional next-scale generator over the tokens of a `VQVAE`.
+
+    Parameter names are those of the released `var_d16.pth` ... `var_d36.pth`. The tokenizer is not a
+    submodule: its weights are neither saved nor moved with this module. Label -1 (or num_classes) is "no
+    class". width and heads default to 64 * depth and depth, as released. drop_path and class_dropout act in
+    training.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VQVAE,
+        num_classes: int = 1000,
+        depth: int = 16,
+        width: int | None = None,
+        heads: int | None = None,
+        *,
+        mlp_ratio: float = 4.0,
+        shared_adaln: bool = False,
+        attn_l2_norm: bool = True,
+        class_dropout: float = 0.1,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        width, heads = width or 64 * depth, heads or depth
+        if width % heads:
+            raise ValueError(f"expected a width that {heads} heads divide, got {width}")
+        self._tokenizer = (tokenizer,)  # a tuple keeps it out of the submodules
+        self.layout = Layout.scales(tokenizer.scales)
+        self.num_classes, self.depth, self.width, self.heads = num_classes, depth, width, heads
+        self.mlp_ratio, self.shared_adaln, self.attn_l2_norm = mlp_ratio, shared_adaln, attn_l2_norm
+        self.class_dropout, self.drop_path = class_dropout, drop_path
+
+        self.word_embed = Linear(tokenizer.z_channels, width)
+        self.class_emb = nn.Embedding(num_classes + 1, width)
+        self.pos_start = nn.Parameter(torch.empty(1, self.layout.sizes[0], width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, self.layout.length, width))
+        self.lvl_embed = nn.Embedding(len(self.layout), width)
+        shared = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
+        self.shared_ada_lin: nn.Module = shared if shared_adaln else nn.Identity()
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            AdaLNBlock(
+                width,
+                heads,
+                round(width * mlp_ratio),
+                shared=shared_adaln,
+                l2_norm=attn_l2_norm,
+                drop_path=rate,
+            )
+            for rate in rates
+        )
+        self.head_nm = AdaLNBeforeHead(width)
+        self.head = Linear(width, tokenizer.vocab_size)
+        self.register_load_state_dict_pre_hook(_drop_constants)
+        self._initialise()
+
+    @property
+    def tokenizer(self) -> VQVAE:
+        return self._tokenizer[0]
+
+    @property
+    def _blocks(self) -> list[AdaLNBlock]:
+        return cast(list[AdaLNBlock], list(self.blocks))
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """The released recipe: normal of std sqrt(1 / 3C); branches start almost closed and the head almost
+        at 0.
+        """
+        std = math.sqrt(1 / self.width / 3)
+        for p in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(p, std=std)
+        for m in self.modules():
+            if isinstance(m, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(m.weight, std=std)
+            if isinstance(m, nn.Linear) and m.bias is not None:
+                nn.init.zeros_(m.bias)
+        self.head.weight.mul_(0.02)
+        self.head_nm.get_parameter("ada_lin.1.weight").mul_(0.5)
+        for block in self._blocks:
+            block.attn.proj.weight.div_(math.sqrt(2 * self.depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * self.depth))
+            # rows of the projection: gate1, gate2, then scales and shifts
+            table = block.ada_gss[0, 0] if self.shared_adaln else block.get_parameter("ada_lin.1.weight")
+            six = table if self.shared_adaln else table.unflatten(0, (6, -1))
+            six[:2].mul_(1e-5)
+            six[2:].mul_(0.5)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments but for the tokenizer, as JSON values."""
+        names = ("num_classes", "depth", "width", "heads", "mlp_ratio", "shared_adaln", "attn_l2_norm")
+        return {name: getattr(self, name) for name in (*names, "class_dropout", "drop_path")}
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], *, tokenizer: VQVAE, heads: int | None = None, **options: Any
+    ) -> "VAR":
+        """Build the model of a state dict, in evaluation mode; sizes are read off the tensors.
+
+        heads is needed only where the attention has no L2 norm and heads are not 64 wide. The scales are the
+        tokenizer's; for the released 512-px models (2240 tokens) a tokenizer of 256 px gets their schedule.
+        """
+        classes, width = checkpoint.tensor_of(state, "class_emb.weight", 2, "VAR").shape
+        length = checkpoint.tensor_of(state, "pos_1LC", 3, "VAR").shape[1]
+        scales = len(checkpoint.tensor_of(state, "lvl_embed.weight", 2, "VAR"))
+        hidden = len(checkpoint.tensor_of(state, "blocks.0.ffn.fc1.weight", 2, "VAR"))
+        tokenizer = _fit_tokenizer(tokenizer, scales, length)
+        per_head = state.get("blocks.0.attn.scale_mul_1H11")
+        with torch.device("meta"):
+            model = cls(
+                tokenizer,
+                classes - 1,
+                checkpoint.count(state, "blocks."),
+                width,
+                heads or (width // 64 if per_head is None else per_head.shape[1]),
+                mlp_ratio=hidden / width,
+                shared_adaln="shared_ada_lin.1.weight" in state,
+                attn_l2_norm=per_head is not None,
+                **options,
+            )
+        model = model.to_empty(device="cpu").eval()
+        checkpoint.load_checked(model, state, "VAR")
+        return model
+
+    def labels(self, labels: int | Sequence[int] | Tensor) -> Tensor:
+        """Check class labels and put "no class" (-1) at num_classes: int64 [B] on the model's device."""
+        device = self.pos_1LC.device
+        out = torch.as_tensor(labels, device=device)
+        if out.is_floating_point() or out.is_complex() or out.dtype == torch.bool:
+            raise TypeError(f"expected integer labels, got {out.dtype}")
+        out = out.long().reshape(1) if out.dim() == 0 else out.long()
+        if out.dim() != 1 or not len(out):
+            raise ValueError(f"expected labels [B] with B > 0, got shape {list(out.shape)}")
+        wrong = (out < -1) | (out > self.num_classes)
+        if wrong.any():
+            raise ValueError(
+                f"expected labels from 0 to {self.num_classes - 1}, or -1 for no class, "
+                f"got {out[wrong][0].item()}"
+            )
+        return torch.where(out < 0, self.num_classes, out)
+
+    def _condition(self, labels: Tensor) -> _Condition:
+        embedded = self.class_emb(labels)
+        shared = self.shared_ada_lin(embedded)
+        if self.shared_adaln:
+            shared = shared.unflatten(-1, (1, 6, -1))
+        modulations = [block.modulation(shared) for block in self._blocks]
+        first = embedded[:, None] + self.pos_start
+        return _Condition(first, modulations, self.head_nm.modulation(embedded))
+
+    def _positions(self) -> Tensor:
+        """Position and level of each token, [1, L, C]."""
+        return self.pos_1LC + self.lvl_embed(self.layout.level(self.pos_1LC.device))
+
+    def forward(self, labels: Tensor, x: Tensor) -> Tensor:
+        """Teacher forcing: labels [B], x [B, L - first, Cvae] -> logits [B, L, V], float32.
+
+        x is `tokenizer.quantize.generator_input(indices)`. In training a label becomes "no class" with
+        probability `class_dropout`.
+        """
+        rest, channels = self.layout.length - self.layout.sizes[0], self.word_embed.in_features
+        if x.dim() != 3 or x.shape[1:] != (rest, channels):
+            raise ValueError(f"expected x [B, {rest}, {channels}], got {list(x.shape)}")
+        if len(labels) != len(x):
+            raise ValueError(f"expected as many labels as rows of x ({len(x)}), got {len(labels)}")
+        labels = self.labels(labels)
+        if self.training and self.class_dropout > 0:
+            dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
+            labels = torch.where(dropped, self.num_classes, labels)
+        row_start, row_end = self.layout.intervals("level-causal", x.device)
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            attn = self._blocks[i].attn
+            q, k, v = split_qk_norm(qkv, attn.q_scale(), attn.l2_norm)
+            out = ops.row_interval_attention(q, k, v, row_start, row_end, scale=attn.softmax_scale)
+            return out.transpose(1, 2).flatten(2)
+
+        condition = self._condition(labels)
+        embedded = torch.cat((condition.first, self.word_embed(x.to(self.word_embed.weight.dtype))), dim=1)
+        h = run_blocks(self._blocks, embedded + self._positions(), condition.blocks, condition.head, attend)
+        return self.head(h).float()
+
+    def generate(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        cfg: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        seed: int | Tensor = 0,
+        more_smooth: bool = False,
+        given: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Pictures of the given classes: labels [B] -> [B, 3, H, W] in [0, 1].
+
+        cfg: strength t of the guidance at the last scale, growing linearly from 0. top_k = 0 and top_p = 1
+        switch the filters off. seed: an int s (row r draws with s + r) or int64 [B]. more_smooth: mix codes
+        by a Gumbel softmax instead of taking the drawn one (for pretty pictures, not for measurements).
+        given: indices of the first scales, kept as they are.
+        """
+        for step in self.stream(  # noqa: B007 (the last one is used)
+            labels, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, more_smooth=more_smooth, given=given
+        ):
+            pass
+        return step.image
+
+    def stream(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        cfg: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        seed: int | Tensor = 0,
+        more_smooth: bool = False,
+        given: Sequence[Tensor] = (),
+    ) -> Iterator[Step]:
+        """The steps of `generate`, one per scale, each with a preview (`step.image`)."""
+        wanted = self.labels(labels)
+        batch, quantizer, ramp = len(wanted), self.tokenizer.quantize, LinearRamp(cfg)
+        for index, n in zip(given, self.layout.sizes):
+            if tuple(index.shape) != (batch, n):
+                raise ValueError(f"expected given indices [{batch}, {n}], got {list(index.shape)}")
+        seeds = row_seeds(seed, batch, wanted.device)
+        decoder = _CachedDecoder(self, wanted, guided=cfg != 0)
+        f_hat = quantizer.empty(batch)
+        for k, scale in enumerate(self.layout.shapes):
+            start = self.layout.segments[k][0]
+            guidance = ramp.scale(k, len(self.layout)) if cfg != 0 else None
+            with torch.no_grad():
+                logits = decoder.step(k, f_hat)
+                if k < len(given):
+                    indices = given[k]
+                else:
+                    indices = ops.sample(
+                        logits, seed=seeds, position=start, top_k=top_k, top_p=top_p, guidance=guidance
+                    )
+                if more_smooth and k >= len(given):
+                    codes = _smooth_codes(
+                        logits, quantizer.embedding.weight, guidance, k / max(len(self.layout) - 1, 1),
+                        top_k=top_k, top_p=top_p, seeds=seeds, position=start,
+                    )  # fmt: skip
+                    codes = codes.transpose(1, 2).reshape(batch, -1, *scale)
+                else:
+                    codes = quantizer.code_map(indices, k)
+                f_hat = f_hat.clone()  # a step keeps its own
+                quantizer.accumulate_(f_hat, codes.to(f_hat.dtype), k)
+            yield Step(k, scale, indices, f_hat, logits, self.tokenizer)
+
+
+class _CachedDecoder:
+    """One generation: constants of the labels, and the keys and values of the scales so far."""
+
+    def __init__(self, model: VAR, labels: Tensor, guided: bool) -> None:
+        self.model, self.blocks, self.guided = model, model._blocks, guided
+        rows = torch.cat((labels, torch.full_like(labels, model.num_classes))) if guided else labels
+        with torch.no_grad():
+            self.condition = model._condition(rows)
+            self.positions = model._positions()
+            self.q_scales = [block.attn.q_scale() for block in model._blocks]
+        p = model.pos_1LC
+        shape = (len(rows), model.heads, model.layout.length, model.width // model.heads)
+        self.caches = [KVCache(*shape, dtype=p.dtype, device=p.device) for _ in self.blocks]
+
+    def step(self, k: int, f_hat: Tensor) -> Tensor:
+        """Logits of scale k, [B or 2B, h * w, V], given f_hat [B, C, H, W] of the scales before."""
+        model = self.model
+        start, end = model.layout.segments[k]
+        if k == 0:
+            x = self.condition.first
+        else:
+            maps = model.tokenizer.quantize.next_map(f_hat, k)
+            x = model.word_embed(maps.to(model.word_embed.weight.dtype))
+            x = x.repeat(2, 1, 1) if self.guided else x
+        h = run_blocks(
+            self.blocks,
+            x + self.positions[:, start:end],
+            self.condition.blocks,
+            self.condition.head,
+            self._attend,
+        )
+        return model.head(h)
+
+    def _attend(self, i: int, qkv: Tensor) -> Tensor:
+        attn, cache = self.blocks[i].attn, self.caches[i]
+        q = cache.append(qkv, self.q_scales[i], attn.l2_norm)
+        out = ops.cached_attention(q, cache.k, cache.v, cache.length, scale=attn.softmax_scale)
+        return out.transpose(1, 2).flatten(2)
+
+
+def _smooth_codes(
+    logits: Tensor, codebook: Tensor, guidance: float | None, progress: float, *,
+    top_k: int, top_p: float, seeds: Tensor, position: int,
+) -> Tensor:  # fmt: skip
+    """Mixture of codes by a Gumbel softmax over the tokens that the filters keep: [B, l, C].
+
+    The released "more_smooth": logits (1 + progress), temperature max(0.27 (1 - 0.95 progress), 0.005).
+    """
+    logits = logits.float()
+    if guidance is not None:
+        cond, uncond = logits.chunk(2)
+        logits = guidance * cond + (1 - guidance) * uncond
+    tokens, vocab = logits.shape[1:]
+    kept = token_weights(logits.reshape(-1, vocab), top_k=top_k, top_p=top_p).view_as(logits) > 0
+    # a counter of its own per token and code; draw 1 keeps it apart from the token draws
+    u = philox_uniform(seeds, position * vocab, tokens * vocab, draw=1).view_as(logits)
+    gumbel = -(-u.log()).log()
+    tau = max(0.27 * (1 - 0.95 * progress), 0.005)
+    mixed = ((logits * (1 + progress) + gumbel) / tau).masked_fill(~kept, -torch.inf).softmax(-1)
+    return mixed @ codebook.float()
+
+
+def _drop_constants(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the constant buffers of released checkpoints out of a state dict that is being loaded."""
+    for key in [k for k in state if k.startswith(prefix)]:
+        if key[len(prefix) :] in _CONSTANTS or key.endswith(_CONSTANT_SUFFIX):
+            del state[key]
+
+
+def _fit_tokenizer(tokenizer: VQVAE, scales: int, length: int) -> VQVAE:
+    """The tokenizer, under the 512-px schedule where only that fits the state dict."""
+    if len(tokenizer.scales) != scales:
+        raise ValueError(
+            f"expected 'lvl_embed.weight' with {len(tokenizer.scales)} rows, one per scale of the tokenizer, "
+            f"got {scales}"
+        )
+    if Layout.scales(tokenizer.scales).length == length:
+        return tokenizer
+    if scales == len(SCALES_512) and Layout.scales(SCALES_512).length == length:
+        return tokenizer.with_scales(SCALES_512)
+    raise ValueError(
+        f"expected 'pos_1LC' with {Layout.scales(tokenizer.scales).length} tokens, the sum over "
+        f"the tokenizer's scales {tokenizer.scales}, got {length}"
+    )
