@@ -2,6 +2,8 @@
 
 #include <string>
 
+#include "core/error.h"
+
 #if defined(ARIMG_WITH_CUDA) && !defined(ARIMG_EMULATOR)
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -9,11 +11,6 @@
 #endif
 
 namespace arimg {
-
-#if defined(ARIMG_EMULATOR)
-// What the emulator found wrong with the last launch; empty when nothing (tests/emulator).
-const char* emulator_error();
-#endif
 
 void check(Status status, const char* op) {
   if (status == Status::ok) return;
@@ -26,14 +23,8 @@ void check(Status status, const char* op) {
       text += "not supported by this build (see arimg.show_config())";
       break;
     default:
-      text += "CUDA error";
-#if defined(ARIMG_HAS_STREAMS)
-      text += std::string(": ") + cudaGetErrorString(cudaGetLastError());
-#endif
+      text += "CUDA error: " + error_text();
   }
-#if defined(ARIMG_EMULATOR)
-  text += std::string(": ") + emulator_error();
-#endif
   STD_TORCH_CHECK(false, text);
 }
 
