@@ -1,0 +1,128 @@
+"""What every benchmark shares: ceilings measured in the same run, and the table printed at the end.
+
+    @pytest.mark.parametrize("peer", ["arimg", "torch sort"])
+    def test_x(peer, measure):
+        measure("what is compared", peer, function, bytes=..., flops=...)
+
+Rows of one group stand together: median, p10, p90, GB/s, GFLOP/s, percentages of the measured ceilings, and
+how many times slower than the `arimg` row each is. pytest-benchmark does the timing (`--benchmark-json FILE`
+keeps the raw numbers). Threads: ARIMG_BENCH_THREADS (1). ARIMG_BENCH_SMOKE=1 runs each row once, to show that
+it works and that the results agree.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+THREADS = int(os.environ.get("ARIMG_BENCH_THREADS", "1"))
+SMOKE = os.environ.get("ARIMG_BENCH_SMOKE") == "1"
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
+import pytest
+import torch
+from arimg import _library
+
+OURS = "arimg"
+_rows: list[dict[str, Any]] = []
+_ceilings: dict[str, float] = {}
+
+
+def _best(function: Callable[[], object], rounds: int) -> float:
+    function()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.fixture(scope="session")
+def ceilings() -> dict[str, float]:
+    """GB/s of a copy (read + write) and of a read, GFLOP/s of a float32 GEMM, with the run's threads."""
+    if not _ceilings:
+        torch.set_num_threads(THREADS)
+        rounds = 2 if SMOKE else 9
+        source = torch.rand(32 * 2**20)
+        target = torch.empty_like(source)
+        a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+        _ceilings["copy GB/s"] = 2 * source.nbytes / _best(lambda: target.copy_(source), rounds) / 1e9
+        _ceilings["read GB/s"] = source.nbytes / _best(lambda: source.sum(), rounds) / 1e9
+        _ceilings["sgemm GFLOP/s"] = 2 * 1024**3 / _best(lambda: a @ b, rounds) / 1e9
+    return _ceilings
+
+
+@pytest.fixture
+def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
+    """measure(group, name, function, *, bytes=0, flops=0) -> median seconds. Once per test."""
+    torch.set_num_threads(THREADS)
+
+    def run(
+        group: str, name: str, function: Callable[[], object], *, bytes: float = 0, flops: float = 0
+    ) -> float:
+        benchmark.group = group
+        once = _best(function, 1)  # also the warm-up
+        rounds = 1 if SMOKE else max(5, min(100, int(1.5 / max(once, 1e-6))))
+        # Short calls are timed in a loop, so that the clock's resolution does not show.
+        inner = 1 if SMOKE else max(1, int(2e-4 / max(once, 1e-7)))
+        benchmark.pedantic(function, rounds=rounds, iterations=inner)
+        times = sorted(benchmark.stats.stats.data)
+        median = statistics.median(times)
+        row: dict[str, Any] = {
+            "group": group,
+            "name": name,
+            "median_ms": median * 1e3,
+            "p10_ms": times[len(times) // 10] * 1e3,
+            "p90_ms": times[(len(times) * 9) // 10] * 1e3,
+        }
+        if bytes:
+            row["GB/s"] = bytes / median / 1e9
+            row["% copy"] = 100 * row["GB/s"] / ceilings["copy GB/s"]
+        if flops:
+            row["GFLOP/s"] = flops / median / 1e9
+            row["% sgemm"] = 100 * row["GFLOP/s"] / ceilings["sgemm GFLOP/s"]
+        benchmark.extra_info.update(row)
+        _rows.append(row)
+        return median
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.pop("node", None)  # a host's name is nobody's business
+    machine_info["arimg"] = {"simd": _library.simd_level(), "threads": THREADS, "torch": torch.__version__}
+    machine_info["ceilings"] = _ceilings
+
+
+def _number(row: dict[str, Any], key: str, form: str) -> str:
+    return format(row[key], form) if key in row else "-"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _rows:
+        return
+    write = terminalreporter.write_line
+    ceilings = ", ".join(f"{value:.1f} {name}" for name, value in _ceilings.items())
+    write(
+        f"\ntorch {torch.__version__}, SIMD {_library.simd_level()}, {THREADS} thread(s); "
+        f"ceilings: {ceilings}"
+    )
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows:
+        groups.setdefault(row["group"], []).append(row)
+    for group, rows in groups.items():
+        ours = next((r["median_ms"] for r in rows if r["name"] == OURS), float("nan"))
+        write(f"\n{group}")
+        heads = "".join(f"{h:>8}" for h in ("GB/s", "% copy", "GFLOP/s", "% gemm", "ratio"))
+        write(f"  {'':30}{'median ms':>11}{'p10':>10}{'p90':>10}{heads}")
+        for row in rows:
+            write(
+                f"  {row['name']:30}{row['median_ms']:11.4f}{row['p10_ms']:10.4f}{row['p90_ms']:10.4f}"
+                f"{_number(row, 'GB/s', '.1f'):>8}{_number(row, '% copy', '.0f'):>8}"
+                f"{_number(row, 'GFLOP/s', '.1f'):>8}{_number(row, '% sgemm', '.0f'):>8}"
+                f"{row['median_ms'] / ours:7.2f}x"
+            )
