@@ -132,16 +132,18 @@ def run_blocks(
 ) -> Tensor:
     """All blocks and the norm before the head: x [B, L, C] -> [B, L, C].
 
-    `attend(i, qkv)` is the attention of block i.
+    `attend(i, qkv)` is the attention of block i. Under autocast the residual stream keeps the type of x.
     """
+    modulations = [Modulation(*(t.to(x.dtype) for t in m)) for m in modulations]
+    last = HeadModulation(*(t.to(x.dtype) for t in last))
     h = ops.norm_modulate(x, modulations[0].scale1, modulations[0].shift1, eps=eps)
     for i, (block, m) in enumerate(zip(blocks, modulations)):
         y = block.drop(block.attn.proj(attend(i, block.attn.qkv(h))))
-        x, h = ops.gated_residual_norm(x, y, m.gate1, m.scale2, m.shift2, eps=eps)
+        x, h = ops.gated_residual_norm(x, y.to(x.dtype), m.gate1, m.scale2, m.shift2, eps=eps)
         y = block.drop(block.ffn(h))
         if i + 1 < len(blocks):
             scale, shift = modulations[i + 1].scale1, modulations[i + 1].shift1
         else:
             scale, shift = last
-        x, h = ops.gated_residual_norm(x, y, m.gate2, scale, shift, eps=eps)
+        x, h = ops.gated_residual_norm(x, y.to(x.dtype), m.gate2, scale, shift, eps=eps)
     return h

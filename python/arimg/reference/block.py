@@ -7,16 +7,18 @@ of x. All functions are differentiable.
 import torch.nn.functional as F
 from torch import Tensor
 
+from arimg.reference.precision import wide
+
 
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
     """LayerNorm over C without parameters, then * (1 + scale) + shift (adaptive layer norm)."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+    normed = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
+    return (normed * (1 + wide(scale)) + wide(shift)).to(x.dtype)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y."""
-    return (x.float() + gate.float() * y.float()).to(x.dtype)
+    return (wide(x) + wide(gate) * wide(y)).to(x.dtype)
 
 
 def gated_residual_norm(

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from arimg.reference.precision import wide
+
 
 def split_qk_norm(qkv: Tensor, q_scale: Tensor | None, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B, L, 3, H, D] -> q, k, v [B, H, L, D]; with l2_norm q and k have length 1 per head and q is
@@ -12,9 +14,9 @@ def split_qk_norm(qkv: Tensor, q_scale: Tensor | None, l2_norm: bool) -> tuple[T
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if l2_norm:
-        q, k = (F.normalize(t.float(), dim=-1, eps=1e-12) for t in (q, k))
+        q, k = (F.normalize(wide(t), dim=-1, eps=1e-12) for t in (q, k))
         if q_scale is not None:
-            q = q * q_scale.float()[:, None, None]
+            q = q * wide(q_scale)[:, None, None]
     return q.to(qkv.dtype), k.to(qkv.dtype), v
 
 

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arimg.reference.precision import wide
 from arimg.reference.quantize import lookup, nearest_code
 
 
 def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    wide = x if x.dtype == torch.float64 else x.float()
-    return F.interpolate(wide, size=tuple(size), mode=mode).to(x.dtype)
+    return F.interpolate(wide(x), size=tuple(size), mode=mode).to(x.dtype)
 
 
 def area_down(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -44,12 +44,11 @@ def accumulate_(
     f_hat: Tensor, h: Tensor, weight: Tensor, bias: Tensor, ratio: float = 0.5, residual: Tensor | None = None
 ) -> None:
     """In place f_hat += u and, where given, residual -= u, with u = `residual_map(h, ...)` in float32."""
-    wide = torch.float64 if f_hat.dtype == torch.float64 else torch.float32
     size = (f_hat.shape[-2], f_hat.shape[-1])
-    u = residual_map(h.to(wide), size, weight.to(wide), bias.to(wide), ratio)
-    f_hat.copy_(f_hat.to(wide) + u)
+    u = residual_map(wide(h), size, wide(weight), wide(bias), ratio)
+    f_hat.copy_(wide(f_hat) + u)
     if residual is not None:
-        residual.copy_(residual.to(wide) - u)
+        residual.copy_(wide(residual) - u)
 
 
 def encode(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arimg.reference.precision import wide
+
 _ROWS_PER_BLOCK = 4096  # bounds the distance matrix to this many rows
 
 
@@ -14,7 +16,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
     and a row with a NaN gets index 0. Distances are taken in float32 (float64 for float64 input); no
     gradient.
     """
-    x, codes = (t.detach() if t.dtype == torch.float64 else t.detach().float() for t in (x, codebook))
+    x, codes = wide(x.detach()), wide(codebook.detach())
     if metric == "cosine":  # the length of x does not change the order
         codes = F.normalize(codes, dim=-1)
     offset = 0.5 * codes.square().sum(-1) if metric == "l2" else codes.new_zeros(len(codes))
