@@ -9,12 +9,14 @@ JOBS ?= $(shell free_kib=$$(awk '/MemAvailable/ {print $$2}' /proc/meminfo 2>/de
   cores=$$(getconf _NPROCESSORS_ONLN); fit=$$((free_kib / 1500000)); [ $$fit -lt 1 ] && fit=1; \
   [ $$fit -lt $$cores ] && echo $$fit || echo $$cores)
 CUDA ?= AUTO
-CUDA_ARCHITECTURES ?=
+# With a GPU: its own architecture. Without: one, to show that the kernels compile and link.
+CUDA_ARCHITECTURES ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | \
+  sed 's/\.//; s/^90$$/90a/' | grep . || echo 80)
 export PYTHONPATH := $(CURDIR)/python
 export ARIMG_LIBRARY_DIR := $(CURDIR)/$(BUILD)
 
 CMAKE_FLAGS = -G Ninja -DARIMG_CUDA=$(CUDA) -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-  $(if $(CUDA_ARCHITECTURES),-DARIMG_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)")
+  -DARIMG_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)"
 
 .PHONY: demo test bench gpu lint setup build build-tests clean
 
