@@ -207,9 +207,13 @@ struct Min {
 // Over groups of `width` neighbouring lanes (a power of two); all lanes of the warp take part.
 template <int width = 32, typename T, typename Op>
 __device__ __forceinline__ T warp_reduce(T value, Op op) {
+#if defined(ARIMG_EMULATOR)
+  return emulator::butterfly<width>(value, op);  // the same sums in one collective
+#else
 #pragma unroll
   for (int step = width / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(full_warp, value, step));
   return value;
+#endif
 }
 template <int width = 32, typename T>
 __device__ __forceinline__ T warp_reduce_sum(T value) {

@@ -85,6 +85,25 @@ T fold(uint32_t mask, T value, Combine, Where where) {
   return mine.out;
 }
 
+// What five xor shuffles (fewer for a smaller width) compute, in their order.
+template <int width, typename T, typename Op>
+T butterfly(T value, Op, ARIMG_HERE) {
+  T mine = value;
+  warp_collective(
+      0xffffffffu, &mine,
+      [](void* const* lanes, uint32_t) {
+        T now[32], next[32];
+        for (int i = 0; i < 32; ++i) now[i] = *static_cast<T*>(lanes[i]);
+        for (int step = width / 2; step > 0; step /= 2) {
+          for (int i = 0; i < 32; ++i) next[i] = Op{}(now[i], now[i ^ step]);
+          for (int i = 0; i < 32; ++i) now[i] = next[i];
+        }
+        for (int i = 0; i < 32; ++i) *static_cast<T*>(lanes[i]) = now[i];
+      },
+      where);
+  return mine;
+}
+
 }  // namespace arimg::emulator
 
 template <typename T>
