@@ -23,13 +23,16 @@
 namespace arimg {
 namespace ARIMG_SIMD {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
+// ARIMG_WIDE: sixteen lanes without AVX-512, so that the logic of that level can be tested on any machine.
+#if defined(__AVX512F__) || defined(ARIMG_WIDE)
+#define ARIMG_WIDTH 16
 #elif defined(__AVX2__)
-constexpr int W = 8;
+#define ARIMG_WIDTH 8
 #else
-constexpr int W = 4;
+#define ARIMG_WIDTH 4
 #endif
+
+constexpr int W = ARIMG_WIDTH;
 
 typedef float FloatVec __attribute__((vector_size(W * 4)));
 typedef int32_t IntVec __attribute__((vector_size(W * 4)));
@@ -121,7 +124,7 @@ struct F32 {
   static ARIMG_INLINE F32 load(const Half* p) {
 #if defined(__AVX512F__)
     return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
+#elif ARIMG_WIDTH == 8
     return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
     FloatVec r;
@@ -149,7 +152,7 @@ struct F32 {
   ARIMG_INLINE void store(Half* p) const {
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
+#elif ARIMG_WIDTH == 8
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
     for (int i = 0; i < W; ++i) p[i] = from_float<Half>(v[i]);
@@ -203,7 +206,7 @@ ARIMG_INLINE F32 min(F32 a, F32 b) {
 ARIMG_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
   return (FloatVec)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
-#elif defined(__AVX2__)
+#elif ARIMG_WIDTH == 8
   return (FloatVec)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
 #else
   FloatVec r;
@@ -224,7 +227,7 @@ ARIMG_INLINE F32 mul_add(F32 a, F32 b, F32 c) {
 ARIMG_INLINE F32 sqrt(F32 a) {
 #if defined(__AVX512F__)
   return (FloatVec)_mm512_sqrt_ps((__m512)a.v);
-#elif defined(__AVX2__)
+#elif ARIMG_WIDTH == 8
   return (FloatVec)_mm256_sqrt_ps((__m256)a.v);
 #else
   FloatVec r;
@@ -237,7 +240,7 @@ ARIMG_INLINE F32 sqrt(F32 a) {
 ARIMG_INLINE I32 round_to_int(F32 a) {
 #if defined(__AVX512F__)
   return (IntVec)_mm512_cvtps_epi32((__m512)a.v);
-#elif defined(__AVX2__)
+#elif ARIMG_WIDTH == 8
   return (IntVec)_mm256_cvtps_epi32((__m256)a.v);
 #else
   IntVec r;
@@ -272,7 +275,7 @@ ARIMG_INLINE float reduce_max(F32 a) {
 ARIMG_INLINE bool any(Mask m) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)m.m, (__m512i)m.m) != 0;
-#elif defined(__AVX2__)
+#elif ARIMG_WIDTH == 8
   return _mm256_movemask_epi8((__m256i)m.m) != 0;
 #else
   int r = 0;

@@ -14,6 +14,9 @@ SimdLevel detected_simd_level() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(ARIMG_WIDE)
+  has_avx512 = has_avx2;
+#endif
   return has_avx512 ? SimdLevel::avx512 : has_avx2 ? SimdLevel::avx2 : SimdLevel::scalar;
 #else
   return SimdLevel::scalar;
