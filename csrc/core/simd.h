@@ -249,6 +249,7 @@ ARIMG_INLINE I32 round_to_int(F32 a) {
 #endif
 }
 
+using arimg::to_float;  // of the storage types; the next line would hide them
 ARIMG_INLINE F32 to_float(I32 a) {
   return __builtin_convertvector(a.v, FloatVec);
 }
