@@ -1,1 +1,5 @@
-"""."""
+"""Images from folders and tars, deterministic splits, and the emoji drawings that the bundled model learnt from."""
+
+from arimg.data.images import Images, augment, load_images, open_image, to_tensor
+
+__all__ = ["Images", "augment", "load_images", "open_image", "to_tensor"]

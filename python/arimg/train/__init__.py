@@ -1,1 +1,1 @@
-"""."""
+"""Training of tokenizers and generators: resumable runs with EMA, logs and sample grids."""

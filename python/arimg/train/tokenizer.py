@@ -1,0 +1,137 @@
+"""Training of the multi-scale VQ tokenizer (VAR, arXiv 2404.02905)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from arimg import ops
+from arimg.data.images import Images, augment
+from arimg.reference.pyramid import residual_map
+from arimg.tokenizers import VQVAE
+from arimg.train.grid import make_grid
+from arimg.train.loop import generator_for
+from arimg.train.losses import FeatureLoss, PatchDiscriminator, discriminator_loss, gradient_loss
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Weights of the losses, and how the codebook is kept alive.
+
+    restart_every: after so many steps, codes that were not used since then are moved onto random residuals of the
+    batch, until the fraction `restart_until` of `steps`.
+    """
+
+    lr: float = 1e-3
+    l1: float = 1.0
+    l2: float = 1.0
+    gradient: float = 1.0
+    feature: float = 0.15
+    vq: float = 1.0
+    adversarial: float = 0.0
+    adversarial_from: int = 0
+    shift: int = 3
+    flip: bool = True
+    restart_every: int = 50
+    restart_until: int = 4000
+    seed: int = 0
+
+
+@torch.no_grad()
+def scale_residuals(tokenizer: VQVAE, images: Tensor) -> Tensor:
+    """What the quantizer looks up, of all scales: rows [N, C]."""
+    quantizer = tokenizer.quantize
+    f = tokenizer.features(images)
+    f_hat, rows = torch.zeros_like(f), []
+    size = (f.shape[-2], f.shape[-1])
+    for k, scale in enumerate(quantizer.scales):
+        small = ops.area_down((f - f_hat).contiguous(), scale).permute(0, 2, 3, 1).reshape(-1, quantizer.channels)
+        rows.append(small)
+        index = ops.nearest_code(small, quantizer.embedding.weight).reshape(len(f), -1)
+        codes = quantizer.code_map(index, k)
+        f_hat = f_hat + residual_map(codes, size, *quantizer.phi_weights(k), quantizer.ratio)
+    return torch.cat(rows)
+
+
+class TokenizerTask:
+    """Reconstruction (L1, L2, multi-scale gradients, features), VQ and optional patch-adversarial losses."""
+
+    def __init__(self, tokenizer: VQVAE, images: Images, settings: TokenizerSettings) -> None:
+        self.images, self.settings = images, settings
+        self.modules: dict[str, nn.Module] = {"model": tokenizer}
+        # Adam with a short memory of squares: restarts and the growing features change gradients quickly.
+        self.optimizers = {"model": torch.optim.Adam(tokenizer.parameters(), settings.lr, betas=(0.9, 0.97))}
+        self.feature = FeatureLoss() if settings.feature else None
+        if settings.adversarial:
+            self.modules["critic"] = PatchDiscriminator()
+            self.optimizers["critic"] = torch.optim.Adam(self.modules["critic"].parameters(), settings.lr, (0.5, 0.9))
+        self._used = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+        self.shown = images.batch(torch.linspace(0, len(images) - 1, min(24, len(images))).long().numpy())
+
+    @property
+    def tokenizer(self) -> VQVAE:
+        model = self.modules["model"]
+        assert isinstance(model, VQVAE)
+        return model
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def weights(self) -> Tensor | None:
+        return None
+
+    def step(self, indices: Tensor, step: int) -> dict[str, float]:
+        s = self.settings
+        real = augment(self.images.batch(indices.numpy()), generator_for(s.seed, step), s.shift, s.flip)
+        if s.restart_every and step % s.restart_every == 0 and step <= s.restart_until:
+            self._restart(real)
+        fake, vq, tokens = self.tokenizer(real)
+        parts = {
+            "l1": s.l1 * (fake - real).abs().mean(),
+            "l2": s.l2 * (fake - real).square().mean(),
+            "grad": s.gradient * gradient_loss(fake, real),
+            "vq": s.vq * vq,
+        }
+        if self.feature is not None:
+            parts["feat"] = s.feature * self.feature(fake, real)
+        adversarial = bool(s.adversarial) and step >= s.adversarial_from
+        if adversarial:
+            parts["adv"] = -s.adversarial * self.modules["critic"](fake).mean()
+        loss = torch.stack(list(parts.values())).sum()
+        self._apply("model", loss)
+        if adversarial:
+            critic = self.modules["critic"]
+            self._apply("critic", discriminator_loss(critic(real), critic(fake.detach())))
+        for index in tokens:
+            self._used[index.flatten()] = True
+        psnr = -10 * (fake.detach().clamp(0, 1) - real).square().mean((1, 2, 3)).log10().mean()
+        return {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in parts.items()}, "psnr": float(psnr)}
+
+    def _apply(self, name: str, loss: Tensor) -> None:
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.modules[name].parameters(), 1.0)
+        optimizer.step()
+
+    @torch.no_grad()
+    def _restart(self, images: Tensor) -> None:
+        """Moves codes unused since the last call (all of them on the first) onto residuals of this batch."""
+        dead = (~self._used).nonzero().flatten()
+        self._used.zero_()
+        if not len(dead):
+            return
+        rows = scale_residuals(self.tokenizer, images)
+        weight = self.tokenizer.quantize.embedding.weight
+        weight[dead] = rows[torch.randint(len(rows), (len(dead),))] + 0.01 * torch.randn(len(dead), rows.shape[1])
+        for moment in self.optimizers["model"].state.get(weight, {}).values():
+            if isinstance(moment, Tensor) and moment.shape == weight.shape:
+                moment[dead] = 0
+
+    @torch.no_grad()
+    def grid(self, model: nn.Module) -> Tensor:
+        assert isinstance(model, VQVAE)
+        pairs = torch.cat([part for rows in self.shown.split(8) for part in (rows, model.reconstruct(rows))])
+        return make_grid(pairs, 8)
