@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, or as many as divide the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    """32 groups; fewer below 128 channels, so that a group holds four or more: a group of one loses its mean."""
+    most = 32 if channels >= 128 else max(channels // 4, 1)
+    return nn.GroupNorm(math.gcd(32, most, channels), channels, eps=1e-6)
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
