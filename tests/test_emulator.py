@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from guarded import guarded
 
 ROOT = Path(__file__).parents[1]
 CASES = ROOT / "tests" / "emulator" / "cases.cu"
@@ -56,8 +57,7 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 def run(cases: ctypes.CDLL, name: str, broken: bool) -> tuple[int, str, np.ndarray, np.ndarray]:
     """Status, message, input and output of one case; small integers, so that every sum is exact."""
-    aligned = torch.arange(1, 3 * THREADS + 1, dtype=torch.float32)  # torch aligns to 64 bytes
-    given = aligned.numpy()
+    given = guarded(torch.arange(1, 3 * THREADS + 1, dtype=torch.float32)).numpy()
     out = np.zeros_like(given)
     status = getattr(cases, f"case_{name}")(int(broken), pointer(given), pointer(out), len(given))
     return (
@@ -92,6 +92,7 @@ EXPECTED = {
     "alignment": np.zeros_like,
     "unwritten": lambda x: np.broadcast_to(x.sum(1, keepdims=True), x.shape),
     "counter": lambda x: np.broadcast_to(x.sum(1, keepdims=True), x.shape),
+    "global_bounds": lambda x: x,
     "shared_size": lambda x: x[:, ::-1],
 }
 
@@ -109,6 +110,7 @@ MESSAGES = {
     "stuck": r"waits in a warp collective for lane 5, which waits at the barrier .*cases\.cu:\d+",
     "alignment": r"misaligned vector access to shared element \d+",
     "counter": r"race: (reads|updates) shared memory that thread \(\d+,0,0\) (updated|wrote|read)",
+    "global_bounds": r"out of bounds: read of address 0x",
     "shared_size": r"the kernel takes 512 bytes of shared memory, the launch gives 16",
 }
 
@@ -131,7 +133,8 @@ def test_planted_mistakes_are_named(cases: ctypes.CDLL, name: str, seed: int) ->
     assert re.search(MESSAGES[name], message), message
     kernel = "barrier<false>" if name == "shared_size" else f"{name}<true>"
     assert re.search(
-        rf"emulated kernel \({kernel}\), block \(\d,0,0\), thread \(\d+,0,0\), \S+:\d+: ", message
+        rf"emulated kernel \({kernel}\), block \(\d,0,0\), thread \(\d+,0,0\), (\S+:\d+|global memory): ",
+        message,
     )
     # The process is as good as new afterwards.
     status, message, given, out = run(cases, name, broken=False)

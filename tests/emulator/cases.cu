@@ -178,6 +178,13 @@ __global__ void counter(Arguments a) {
   a.out[thread_in_grid()] = sum[0];
 }
 
+// Reads one row of the input beyond its end.
+template <bool broken>
+__global__ void global_bounds(Arguments a) {
+  const int i = thread_in_grid();
+  a.out[i] = a.in[broken ? i + threads : i];
+}
+
 // C[16,8] = A[16,16 k] B[16 k,8] by one warp, everything through shared memory; A and B of 16-bit values.
 template <typename T>
 __global__ void multiply16(const T* a, const T* b, float* c, int k) {
@@ -237,6 +244,7 @@ CASE(stuck, 0)
 CASE(alignment, shared_bytes<float>(4 * threads + 4))
 CASE(unwritten, shared_bytes<float>(1))
 CASE(counter, shared_bytes<float>(1))
+CASE(global_bounds, 0)
 
 // The right kernel with too little shared memory.
 extern "C" __attribute__((visibility("default"))) int case_shared_size(int broken, const float* in,

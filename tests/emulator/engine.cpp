@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "fault.h"
 #include "fiber.h"
 #include "race_check.h"
 
@@ -121,9 +122,20 @@ std::string text(Where where) {
   return std::string(where.file_name()) + ":" + std::to_string(where.line());
 }
 
+std::string describe(const Thread& t, const std::string& place, const std::string& what) {
+  return "emulated kernel " + std::string(engine.kernel) + ", block " + text(blockIdx) + ", thread " +
+         text(t.index) + ", " + place + ": " + what;
+}
+
 [[noreturn]] void fail_thread(const Thread& t, const std::string& what, Where where) {
-  throw Failure("emulated kernel " + std::string(engine.kernel) + ", block " + text(blockIdx) + ", thread " +
-                text(t.index) + ", " + text(where) + ": " + what);
+  throw Failure(describe(t, text(where), what));
+}
+
+// Where a thread that touched forbidden memory goes on: its fiber is abandoned, as after any failure.
+void abandon_thread() {
+  engine.failure = describe(*engine.current, "global memory", fault_text());
+  Fiber here;
+  here.go_to(engine.host);
 }
 
 bool same(Where a, Where b) {
@@ -352,6 +364,7 @@ Status run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void 
     start = engine.random() % n;
     for (step = engine.random() % (n < (1u << 31) ? n : (1u << 31)) | 1; std::gcd(step, n) != 1;) ++step;
   }
+  FaultGuard guard(abandon_thread);
   for (uint64_t i = 0; i < n; ++i) {
     uint64_t b = (i * step + start) % n;
     blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
@@ -389,7 +402,7 @@ int block_barrier(int predicate, Where where) {
   return engine.last_votes;
 }
 
-static std::string describe(uint32_t mask) {
+static std::string describe_mask(uint32_t mask) {
   char text[48];
   std::snprintf(text, sizeof text, "warp collective with mask 0x%08x", mask);
   return text;
@@ -400,8 +413,9 @@ void warp_collective(uint32_t mask, void* argument, Complete complete, Where whe
   Thread& t = *engine.current;
   Warp& warp = engine.warp_of(t);
   const uint32_t bit = engine.bit_of(t);
-  if (!(mask & bit)) fail(describe(mask) + ", which leaves out the calling lane", where);
-  if (mask & ~warp.live) fail(describe(mask) + ", which names a lane that has exited or never was", where);
+  if (!(mask & bit)) fail(describe_mask(mask) + ", which leaves out the calling lane", where);
+  if (mask & ~warp.live)
+    fail(describe_mask(mask) + ", which names a lane that has exited or never was", where);
   t.argument = argument;
   t.complete = complete;
   t.mask = mask;
@@ -417,7 +431,7 @@ void warp_collective(uint32_t mask, void* argument, Complete complete, Where whe
     if (!(mask >> lane & 1)) continue;
     Thread& other = first[lane];
     if (other.mask != mask)
-      fail(describe(mask) + ", while lane " + std::to_string(lane) + " came with another mask", where);
+      fail(describe_mask(mask) + ", while lane " + std::to_string(lane) + " came with another mask", where);
     if (other.complete != complete || !same(other.where, where))
       fail("warp collective here, while lane " + std::to_string(lane) + " waits at " + text(other.where),
            where);
