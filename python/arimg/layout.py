@@ -48,7 +48,8 @@ class Layout:
 
     def level(self, device: torch.device | str = "cpu") -> Tensor:
         """The step of each token, int64 [L]."""
-        return torch.arange(len(self)).repeat_interleave(torch.tensor(self.sizes)).to(device)
+        sizes = torch.tensor(self.sizes)
+        return torch.arange(len(self)).repeat_interleave(sizes, output_size=self.length).to(device)
 
     def intervals(self, rule: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """(row_start, row_end), int32 [L]: token i sees the tokens row_start[i] <= j < row_end[i].
