@@ -1,8 +1,8 @@
 """Fixtures for every test: the backends an operation runs on.
 
 A test that takes `backend` runs once per backend: `cpu-<level>` for each SIMD level of this machine,
-`emulated` (the CUDA kernels in the emulator, on CPU tensors) and, with a GPU, `cuda`. `backend.device` is
-where its tensors must live.
+`emulated` (the CUDA kernels in the emulator, on CPU tensors that end at a forbidden page) and, with a GPU,
+`cuda`. `backend.device` is where its tensors must live.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 from arimg import _library
+from guarded import GuardInputs
 
 LEVELS = _library.SIMD_LEVELS
 
@@ -48,7 +49,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
             if os.environ.get("ARIMG_REQUIRE_EMULATOR") == "1":
                 raise
             pytest.skip(f"no emulated kernels: {error}")
-        with _library.emulated_cuda():
+        with _library.emulated_cuda(), GuardInputs("arimg_emulated"):
             yield Backend(name, "cpu")
     else:
         if not (torch.cuda.is_available() and _library.cuda_usable()):

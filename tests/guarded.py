@@ -29,9 +29,8 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
     if _libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")
     flat = torch.frombuffer(region, dtype=x.dtype, count=extent, offset=(pages - 1) * PAGE - room)
-    copy = flat.as_strided(x.shape, x.stride())
-    copy.copy_(x.detach())
-    return copy
+    flat.copy_(x.detach().as_strided((extent,), (1,)))
+    return flat.as_strided(x.shape, x.stride())
 
 
 class GuardInputs(TorchDispatchMode):

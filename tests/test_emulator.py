@@ -31,7 +31,15 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("emulator") / "cases.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fno-strict-aliasing",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-Wno-unknown-pragmas",
+    ]
     include = ["-DARIMG_EMULATOR", f"-I{ROOT}/tests/emulator", f"-I{ROOT}/csrc"]
     sources = ["-x", "c++", str(CASES), str(ROOT / "tests" / "emulator" / "engine.cpp")]
     subprocess.run([COMPILER, *flags, *include, *sources, "-o", str(library)], check=True)
