@@ -109,7 +109,7 @@ struct F32 {
   FloatVec v;
   F32() = default;
   ARIMG_INLINE F32(FloatVec x) : v(x) {}
-  ARIMG_INLINE F32(float x) : v(FloatVec{} + x) {}
+  ARIMG_INLINE F32(float x) : v(x - FloatVec{}) {}  // x - 0 is x, even for -0, and costs nothing; 0 + x does
 
   static ARIMG_INLINE F32 load(const float* p) {
     F32 r;
@@ -230,7 +230,7 @@ ARIMG_INLINE F32 sqrt(F32 a) {
 #elif ARIMG_WIDTH == 8
   return (FloatVec)_mm256_sqrt_ps((__m256)a.v);
 #else
-  FloatVec r;
+  FloatVec r = a.v;
   for (int i = 0; i < W; ++i) r[i] = __builtin_sqrtf(a.v[i]);
   return r;
 #endif
