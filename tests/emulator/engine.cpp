@@ -115,7 +115,9 @@ struct Engine {
 Engine engine;
 
 std::string text(uint3 v) {
-  return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
+  char text[40];
+  std::snprintf(text, sizeof text, "(%u,%u,%u)", v.x, v.y, v.z);
+  return text;
 }
 
 std::string text(Where where) {

@@ -1,0 +1,152 @@
+// See contract.h. One block per row; the row comes from memory once and from the cache for the later passes.
+//
+// A thread owns chunks of 16 bytes. Rows that are not 16-byte aligned are read element by element, but by the
+// same threads in the same order: the result does not depend on where the tensors lie.
+#include "block/contract.h"
+#include "core/cuda.h"
+
+namespace arimg {
+namespace {
+
+using namespace cuda;
+
+constexpr int max_threads = 256;
+
+template <typename T>
+constexpr int chunk = 16 / sizeof(T);
+
+// Elements beyond `count` (the tail of a row; never with vectors) become `fill`.
+template <bool vectors, typename T>
+__device__ __forceinline__ void load(float (&to)[chunk<T>], const T* from, int count, float fill = 0.f) {
+  if constexpr (vectors) {
+    alignas(16) T raw[chunk<T>];
+    *reinterpret_cast<uint4*>(raw) = *reinterpret_cast<const uint4*>(from);
+#pragma unroll
+    for (int i = 0; i < chunk<T>; ++i) to[i] = to_float(raw[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk<T>; ++i) to[i] = i < count ? to_float(from[i]) : fill;
+  }
+}
+
+template <bool vectors, typename T>
+__device__ __forceinline__ void store(T* to, const float (&from)[chunk<T>], int count) {
+  if constexpr (vectors) {
+    alignas(16) T raw[chunk<T>];
+#pragma unroll
+    for (int i = 0; i < chunk<T>; ++i) raw[i] = from_float<T>(from[i]);
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(raw);
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk<T>; ++i)
+      if (i < count) to[i] = from_float<T>(from[i]);
+  }
+}
+
+// f(first element, elements in the row from there) for each chunk of this thread.
+template <typename T, typename F>
+__device__ __forceinline__ void for_chunks(int channels, F&& f) {
+  for (int64_t i = int64_t(threadIdx.x) * chunk<T>; i < channels; i += int64_t(blockDim.x) * chunk<T>)
+    f(int(i), channels - int(i));
+}
+
+// x + gate * y, stored, and read back by the thread that stored it: the statistics are those of the rounded
+// sum, so that the fused and the separate operations agree. Gives the row that holds the sum.
+template <typename T, bool vectors>
+__device__ __forceinline__ const T* add_residual(const NormModulate& p, int64_t row, int64_t entry) {
+  const int channels = int(p.channels);
+  const T* x = static_cast<const T*>(p.x) + row * channels;
+  if (p.y == nullptr) return x;
+  const T* y = static_cast<const T*>(p.y) + row * channels;
+  const T* gate = static_cast<const T*>(p.gate) + entry * p.gate_stride;
+  T* sum = static_cast<T*>(p.residual) + row * channels;
+  for_chunks<T>(channels, [&](int i, int count) {
+    float a[chunk<T>], b[chunk<T>], g[chunk<T>];
+    load<vectors>(a, x + i, count);
+    load<vectors>(b, y + i, count);
+    load<vectors>(g, gate + i, count);
+#pragma unroll
+    for (int j = 0; j < chunk<T>; ++j) a[j] = __fmaf_rn(g[j], b[j], a[j]);
+    store<vectors>(sum + i, a, count);
+  });
+  return sum;
+}
+
+template <typename T, bool vectors>
+__global__ void __launch_bounds__(max_threads) norm_modulate_kernel(NormModulate p) {
+  SharedArena arena;
+  auto scratch = arena.take<float>(32);
+  const int64_t row = blockIdx.x;
+  const int64_t entry = row / p.rows_per_batch;
+  const int channels = int(p.channels);
+  const T* x = add_residual<T, vectors>(p, row, entry);
+  if (p.scale == nullptr) return;
+
+  float total = 0.f;
+  for_chunks<T>(channels, [&](int i, int count) {
+    float v[chunk<T>];
+    load<vectors>(v, x + i, count);
+#pragma unroll
+    for (int j = 0; j < chunk<T>; ++j) total += v[j];
+  });
+  const float mean = block_reduce_sum(total, scratch) / float(channels);
+
+  // The second pass also sums the deviations themselves, which takes back the rounding of the first mean.
+  float squares = 0.f, deviations = 0.f;
+  for_chunks<T>(channels, [&](int i, int count) {
+    float v[chunk<T>];
+    load<vectors>(v, x + i, count, mean);
+#pragma unroll
+    for (int j = 0; j < chunk<T>; ++j) {
+      const float d = v[j] - mean;
+      squares = __fmaf_rn(d, d, squares);
+      deviations += d;
+    }
+  });
+  const float correction = block_reduce_sum(deviations, scratch) / float(channels);
+  const float variance = block_reduce_sum(squares, scratch) / float(channels) - correction * correction;
+  const float inverse = 1.f / sqrtf((variance > 0.f ? variance : 0.f) + p.eps);
+
+  const T* scale = static_cast<const T*>(p.scale) + entry * p.scale_stride;
+  const T* shift = static_cast<const T*>(p.shift) + entry * p.shift_stride;
+  T* out = static_cast<T*>(p.out) + row * channels;
+  for_chunks<T>(channels, [&](int i, int count) {
+    float v[chunk<T>], a[chunk<T>], b[chunk<T>];
+    load<vectors>(v, x + i, count);
+    load<vectors>(a, scale + i, count);
+    load<vectors>(b, shift + i, count);
+#pragma unroll
+    for (int j = 0; j < chunk<T>; ++j)
+      v[j] = __fmaf_rn((v[j] - mean - correction) * inverse, a[j] + 1.f, b[j]);
+    store<vectors>(out + i, v, count);
+  });
+}
+
+template <typename T>
+bool all_aligned(const NormModulate& p) {
+  auto fits = [](const void* pointer, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % chunk<T> == 0;
+  };
+  return fits(p.x, p.channels) && fits(p.y, 0) && fits(p.residual, 0) && fits(p.out, 0) &&
+         fits(p.gate, p.gate_stride) && fits(p.scale, p.scale_stride) && fits(p.shift, p.shift_stride);
+}
+
+template <typename T>
+Status launch_norm_modulate(const NormModulate& p, void* stream) {
+  const int64_t warps = ceil_div(ceil_div(p.channels, chunk<T>), 32);
+  const int threads = warps * 32 < max_threads ? int(warps) * 32 : max_threads;
+  const size_t shared = shared_bytes<float>(32);
+  if (all_aligned<T>(p))
+    return ARIMG_LAUNCH((norm_modulate_kernel<T, true>), p.rows, threads, shared, stream, p);
+  return ARIMG_LAUNCH((norm_modulate_kernel<T, false>), p.rows, threads, shared, stream, p);
+}
+
+}  // namespace
+
+Status norm_modulate_cuda(const NormModulate& p, void* stream) {
+  if (p.rows == 0 || p.channels == 0) return Status::ok;
+  if (p.channels > 0x7fffffff - 8) return Status::unsupported;
+  return with_dtype(p.dtype, [&](auto t) { return launch_norm_modulate<decltype(t)>(p, stream); });
+}
+
+}  // namespace arimg
