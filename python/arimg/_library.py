@@ -118,7 +118,7 @@ def problem() -> str | None:
 def cuda_architectures() -> list[str]:
     """Compute capabilities that the CUDA operators of this build were compiled for."""
     text = _library.arimg_cuda_architectures().decode() if _library is not None else ""
-    return [a for a in text.split(";") if a]
+    return [a for a in text.split(",") if a]
 
 
 def cuda_usable() -> bool:
