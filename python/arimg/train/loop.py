@@ -3,6 +3,8 @@
 A run is a folder: `checkpoint.pt` (written whole or not at all), `log.jsonl`, `grid-<step>.png`. Everything random in
 step n is drawn from a generator seeded by (seed, n), so a run that was killed and continued does the same steps as
 one that was not.
+
+Started by `torchrun --nproc-per-node N -m arimg train ...`, N processes share each batch; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import copy
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -103,6 +107,29 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
         mine.copy_(theirs)
 
 
+def start_processes() -> tuple[int, int]:
+    """(rank, number of processes) of this run; joins the group that torchrun describes in the environment."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def descend(optimizers: Iterable[torch.optim.Optimizer], clip: float = 1.0) -> None:
+    """Steps on the gradients that stand in the parameters, averaged over the processes and clipped in norm."""
+    optimizers = list(optimizers)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    if dist.is_initialized():
+        flat = torch.cat([g.flatten() for g in gradients]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 class Checkpoint:
     """One file that is replaced atomically, so a kill at any moment leaves the last complete state."""
 
@@ -140,27 +167,32 @@ class Checkpoint:
 def fit(task: Task, config: RunConfig, settings: dict[str, Any] | None = None) -> nn.Module:
     """Trains until `config.steps`, continuing a run found in `config.out`; returns the EMA model in eval mode."""
     config.out.mkdir(parents=True, exist_ok=True)
+    rank, processes = start_processes()
     ema = copy.deepcopy(task.modules["model"]).eval().requires_grad_(False)
     checkpoint = Checkpoint(config.out)
     done = checkpoint.restore(task, ema)
     record = {"run": {k: str(v) for k, v in asdict(config).items()}, "settings": settings or {}, "from_step": done}
-    _log(config.out, record)
+    if rank == 0:
+        _log(config.out, record)
     base_rates = {name: [g.setdefault("base_lr", g["lr"]) for g in o.param_groups] for name, o in task.optimizers.items()}
     weights = task.weights()
     shown: dict[str, float] = {}
     started = time.monotonic()
-    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step", mininterval=5.0)
+    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step", mininterval=5.0, disable=rank > 0)
     for step in bar:
         factor = rate_factor(step, config.steps, config.warmup, config.decay)
         for name, optimizer in task.optimizers.items():
             for group, rate in zip(optimizer.param_groups, base_rates[name]):
                 group["lr"] = rate * factor
-        torch.manual_seed(config.seed * 1_000_003 + step)
-        values = task.step(batch_indices(len(task), config.batch_size, step, config.seed, weights), step)
+        torch.manual_seed(config.seed * 1_000_003 + step * processes + rank)
+        indices = batch_indices(len(task), config.batch_size, step, config.seed, weights)
+        values = task.step(indices[rank::processes], step)
         update_ema(ema, task.modules["model"], config.ema, step)
         for key, value in values.items():
             shown[key] = value if key not in shown else 0.98 * shown[key] + 0.02 * value
         finished = step + 1
+        if rank > 0:
+            continue
         if finished % 20 == 0:
             speed = (finished - done) * config.batch_size / (time.monotonic() - started)
             bar.set_postfix({**{k: f"{v:.4f}" for k, v in shown.items()}, "img/s": f"{speed:.0f}"}, refresh=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from arimg import ops
@@ -12,7 +13,7 @@ from arimg.data.images import Images, augment
 from arimg.reference.pyramid import residual_map
 from arimg.tokenizers import VQVAE
 from arimg.train.grid import make_grid
-from arimg.train.loop import generator_for
+from arimg.train.loop import descend
 from arimg.train.losses import FeatureLoss, PatchDiscriminator, discriminator_loss, gradient_loss
 
 
@@ -36,7 +37,6 @@ class TokenizerSettings:
     flip: bool = True
     restart_every: int = 50
     restart_until: int = 4000
-    seed: int = 0
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ class TokenizerTask:
         self.modules: dict[str, nn.Module] = {"model": tokenizer}
         # Adam with a short memory of squares: restarts and the growing features change gradients quickly.
         self.optimizers = {"model": torch.optim.Adam(tokenizer.parameters(), settings.lr, betas=(0.9, 0.97))}
-        self.feature = FeatureLoss() if settings.feature else None
+        self.feature = FeatureLoss(stages=3) if settings.feature else None
         if settings.adversarial:
             self.modules["critic"] = PatchDiscriminator()
             self.optimizers["critic"] = torch.optim.Adam(self.modules["critic"].parameters(), settings.lr, (0.5, 0.9))
@@ -84,7 +84,7 @@ class TokenizerTask:
 
     def step(self, indices: Tensor, step: int) -> dict[str, float]:
         s = self.settings
-        real = augment(self.images.batch(indices.numpy()), generator_for(s.seed, step), s.shift, s.flip)
+        real = augment(self.images.batch(indices.numpy()), torch.default_generator, s.shift, s.flip)
         if s.restart_every and step % s.restart_every == 0 and step <= s.restart_until:
             self._restart(real)
         fake, vq, tokens = self.tokenizer(real)
@@ -100,25 +100,27 @@ class TokenizerTask:
         if adversarial:
             parts["adv"] = -s.adversarial * self.modules["critic"](fake).mean()
         loss = torch.stack(list(parts.values())).sum()
-        self._apply("model", loss)
+        self._descend("model", loss)
         if adversarial:
             critic = self.modules["critic"]
-            self._apply("critic", discriminator_loss(critic(real), critic(fake.detach())))
+            self._descend("critic", discriminator_loss(critic(real), critic(fake.detach())))
         for index in tokens:
             self._used[index.flatten()] = True
         psnr = -10 * (fake.detach().clamp(0, 1) - real).square().mean((1, 2, 3)).log10().mean()
         return {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in parts.items()}, "psnr": float(psnr)}
 
-    def _apply(self, name: str, loss: Tensor) -> None:
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
+    def _descend(self, name: str, loss: Tensor) -> None:
+        self.optimizers[name].zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.modules[name].parameters(), 1.0)
-        optimizer.step()
+        descend([self.optimizers[name]])
 
     @torch.no_grad()
     def _restart(self, images: Tensor) -> None:
         """Moves codes unused since the last call (all of them on the first) onto residuals of this batch."""
+        if dist.is_initialized():
+            used = self._used.to(torch.uint8)
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+            self._used = used.bool()
         dead = (~self._used).nonzero().flatten()
         self._used.zero_()
         if not len(dead):
@@ -126,6 +128,8 @@ class TokenizerTask:
         rows = scale_residuals(self.tokenizer, images)
         weight = self.tokenizer.quantize.embedding.weight
         weight[dead] = rows[torch.randint(len(rows), (len(dead),))] + 0.01 * torch.randn(len(dead), rows.shape[1])
+        if dist.is_initialized():
+            dist.broadcast(weight, 0)
         for moment in self.optimizers["model"].state.get(weight, {}).values():
             if isinstance(moment, Tensor) and moment.shape == weight.shape:
                 moment[dead] = 0
