@@ -144,15 +144,21 @@ bool same(Where a, Where b) {
   return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
-void settle_accesses() {
-  if (!track_shared) return;
+void settle_noted() {
   const Thread& t = *engine.current;
-  RaceCheck::Agent me{engine.epoch, engine.warp_of(t).epoch, uint16_t(engine.number(t))};
-  if (auto hazard = engine.race_check.settle(engine.shared, me); !hazard.what.empty())
-    fail_thread(t,
-                hazard.what + " thread " + text(engine.threads[hazard.other].index) + " " + hazard.other_did +
-                    " at " + text(hazard.other_where) + " with no barrier between the two",
-                hazard.where);
+  RaceCheck::Hazard h;
+  if (engine.race_check.settle(engine.shared,
+                               {engine.epoch, engine.warp_of(t).epoch, uint16_t(engine.number(t))}, h))
+    return;
+  fail_thread(t,
+              "race: " + std::string(h.did) + " shared memory that thread " +
+                  text(engine.threads[h.other].index) + " " + h.other_did + " at " + text(h.other_where) +
+                  " with no barrier between the two",
+              h.where);
+}
+
+void settle_accesses() {
+  if (track_shared && !engine.race_check.idle()) settle_noted();
 }
 
 // --- who runs next ---
@@ -353,7 +359,7 @@ Status run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void 
   engine.body = body;
   engine.context = context;
   engine.random_state = engine.seed * 0x9E3779B97F4A7C15u + 0x1234567;
-  engine.shared_storage.resize(max_shared_bytes + 128);
+  engine.shared_storage.resize(max_shared_bytes + 256);
   engine.shared = reinterpret_cast<unsigned char*>(
       (reinterpret_cast<uintptr_t>(engine.shared_storage.data()) + 127) & ~uintptr_t(127));
   engine.shared_bytes = shared_bytes;
@@ -480,7 +486,7 @@ size_t shared_take(int index, size_t begin, size_t bytes, size_t unit, Where whe
 void note_shared(const void* address, size_t bytes, size_t unit, Where where) {
   engine.race_check.note(engine.shared, static_cast<const unsigned char*>(address), bytes, unit,
                          RaceCheck::plain, where);
-  if (engine.race_check.crowded()) settle_accesses();
+  if (engine.race_check.crowded()) settle_noted();
 }
 
 bool check_shared_pointer(const void* address, size_t bytes, size_t alignment, bool atomic, Where where) {

@@ -18,6 +18,9 @@ class RaceCheck {
  public:
   enum Kind : uint8_t { plain, atomic, write };
 
+  // Elements are told apart down to 16 bits; neighbouring bytes count as one.
+  static constexpr size_t granule = 2;
+
   struct Agent {  // a thread at a time: barriers passed by its block, __syncwarps by its warp
     uint32_t epoch, warp_epoch;
     uint16_t thread;
@@ -25,11 +28,12 @@ class RaceCheck {
   };
 
   struct Hazard {
-    std::string what, other_did;
+    const char *did, *other_did;
     Where where, other_where;
-    size_t other = 0;
+    size_t other;
   };
 
+  // Reads up to 15 bytes beyond the access: the arena is padded.
   void note(const unsigned char* shared, const unsigned char* at, size_t bytes, size_t unit, Kind kind,
             Where where) {
     if (kind != plain) drop_reference(uint32_t(at - shared));
@@ -37,30 +41,32 @@ class RaceCheck {
       Access& a = log_.emplace_back();
       a.offset = uint32_t(at - shared + long(done));
       a.bytes = uint16_t(bytes - done < sizeof(a.before) ? bytes - done : sizeof(a.before));
-      a.unit = uint16_t(unit);
+      a.unit = uint8_t(unit);
       a.kind = kind;
       a.where = where;
-      if (kind != write) std::memcpy(a.before, at + done, a.bytes);
+      std::memcpy(a.before, at + done, sizeof a.before);
     }
   }
   void note_write(const unsigned char* shared, const unsigned char* at, size_t bytes, Where where) {
-    note(shared, at, bytes, 1, write, where);
+    note(shared, at, bytes, granule, write, where);
   }
 
   // The last noted accesses may be unfinished (a reference in use), so they stay.
   bool crowded() const { return log_.size() > 4096; }
 
-  // Files the noted accesses under `me`, and returns the first hazard, if any.
-  Hazard settle(const unsigned char* shared, Agent me) {
-    size_t keep = crowded() ? 16 : 0;
-    for (size_t i = 0; i + keep < log_.size(); ++i) {
+  bool idle() const { return log_.empty(); }
+
+  // Files the noted accesses under `me`. False: `hazard` says what was found.
+  bool settle(const unsigned char* shared, Agent me, Hazard& hazard) {
+    const size_t count = crowded() ? log_.size() - 16 : log_.size();
+    for (size_t i = 0; i < count; ++i) {
       const Access& a = log_[i];
-      bool writes = a.kind != plain || std::memcmp(shared + a.offset, a.before, a.bytes) != 0;
-      for (size_t at = a.offset; at < a.offset + a.bytes; at += a.unit)
-        if (Hazard h = file(element(at), a, writes, me); !h.what.empty()) return h;
+      const bool writes = a.kind != plain || changed(shared + a.offset, a);
+      for (size_t at = a.offset; at < a.offset + a.bytes; at += a.unit < granule ? granule : a.unit)
+        if (!file(element(at), a, writes, me, hazard)) return false;
     }
-    log_.erase(log_.begin(), log_.end() - long(keep));
-    return {};
+    log_.erase(log_.begin(), log_.begin() + long(count));
+    return true;
   }
 
   void forget() {
@@ -71,7 +77,8 @@ class RaceCheck {
  private:
   struct Access {
     uint32_t offset;
-    uint16_t bytes, unit;
+    uint16_t bytes;
+    uint8_t unit;
     Kind kind;
     Where where;
     unsigned char before[16];
@@ -93,9 +100,18 @@ class RaceCheck {
       if (log_[i].offset == offset && log_[i].kind == plain) return void(log_.erase(log_.begin() + long(i)));
   }
 
+  static bool changed(const unsigned char* now, const Access& a) {
+    if (a.bytes != 4) return std::memcmp(now, a.before, a.bytes) != 0;
+    uint32_t x, y;
+    std::memcpy(&x, now, 4);
+    std::memcpy(&y, a.before, 4);
+    return x != y;
+  }
+
   Element& element(size_t offset) {
-    if (offset >= elements_.size()) elements_.resize(offset + 1024);
-    return elements_[offset];
+    const size_t i = offset / granule;
+    if (i >= elements_.size()) elements_.resize(i + 1024);
+    return elements_[i];
   }
 
   static bool ordered(const Mark& before, Agent me) {
@@ -104,29 +120,31 @@ class RaceCheck {
     return before.by.warp_epoch != me.warp_epoch || (before.lanes & ~(1u << me.thread % 32)) == 0;
   }
 
-  static Hazard hazard(const Access& a, const char* did, const Mark& other, const char* other_did, Agent me) {
+  static bool found(const Access& a, const char* did, const Mark& other, const char* other_did, Agent me,
+                    Hazard& hazard) {
     uint32_t others = other.by.warp() == me.warp() ? other.lanes & ~(1u << me.thread % 32) : other.lanes;
     size_t thread = size_t(other.by.warp()) * 32 + size_t(__builtin_ctz(others));
-    return {"race: " + std::string(did) + " shared memory that", other_did, a.where, other.where, thread};
+    hazard = {did, other_did, a.where, other.where, thread};
+    return false;
   }
 
-  static Hazard file(Element& e, const Access& a, bool writes, Agent me) {
+  static bool file(Element& e, const Access& a, bool writes, Agent me, Hazard& hazard) {
     const char* did = a.kind == atomic ? "updates" : writes ? "writes" : "reads";
-    if (!(a.kind == atomic && e.written.atomic) && !ordered(e.written, me))
-      return hazard(a, did, e.written, "wrote", me);
-    uint32_t bit = 1u << me.thread % 32;
+    if (!ordered(e.written, me) && !(a.kind == atomic && e.written.atomic))
+      return found(a, did, e.written, e.written.atomic ? "updated" : "wrote", me, hazard);
+    const uint32_t bit = 1u << me.thread % 32;
     if (!writes) {
       Mark& latest = e.read[0];
       if (latest.by.warp() != me.warp()) e.read[1] = latest;
-      bool joins = latest.by.warp() == me.warp() && latest.by.epoch == me.epoch &&
-                   latest.by.warp_epoch == me.warp_epoch;
+      const bool joins = latest.by.warp() == me.warp() && latest.by.epoch == me.epoch &&
+                         latest.by.warp_epoch == me.warp_epoch;
       latest = {me, joins ? latest.lanes | bit : bit, false, a.where};
-      return {};
+      return true;
     }
     for (const Mark& reader : e.read)
-      if (!ordered(reader, me)) return hazard(a, did, reader, "read", me);
+      if (!ordered(reader, me)) return found(a, did, reader, "read", me, hazard);
     e.written = {me, bit, a.kind == atomic, a.where};
-    return {};
+    return true;
   }
 
   std::vector<Access> log_;
