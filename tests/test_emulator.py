@@ -6,6 +6,7 @@ The kernels are in tests/emulator/cases.cu, each as a right one and a broken one
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from guarded import guarded
+from guarded import GuardInputs, guarded
 
 ROOT = Path(__file__).parents[1]
 CASES = ROOT / "tests" / "emulator" / "cases.cu"
@@ -205,3 +206,22 @@ def test_nvcc_compiles_the_same_kernels(tmp_path: Path, architecture: str) -> No
     assert result.returncode == 0, result.stderr
     spills = re.findall(r"(\d+) bytes spill", result.stderr)
     assert len(spills) >= 2 * (2 * len(EXPECTED) - 2) and set(spills) == {"0"}
+
+
+def test_operator_inputs_are_guarded_and_written_back() -> None:
+    seen = []
+
+    def double_(x: torch.Tensor, y: torch.Tensor) -> None:
+        seen.append((x.data_ptr() + x.untyped_storage().nbytes(), x.stride(), y.stride()))
+        x.mul_(2).add_(y)
+
+    library = torch.library.Library("arimg_guard_test", "DEF")
+    library.define("double_(Tensor(a!) x, Tensor y) -> ()")
+    library.impl("double_", double_, "CPU")
+    x = torch.arange(12.0).reshape(3, 4).t()
+    expected = 2 * x + 1
+    with GuardInputs("arimg_guard_test"):
+        torch.ops.arimg_guard_test.double_(x, torch.ones(1).expand(4, 3))
+    assert torch.equal(x, expected)
+    end, *strides = seen[0]
+    assert end % mmap.PAGESIZE == 0 and strides == [(1, 4), (0, 0)]
