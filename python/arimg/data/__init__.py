@@ -1,4 +1,4 @@
-"""Images from folders and tars, deterministic splits, and the emoji drawings that the bundled model learnt from."""
+"""Images from folders and tars, splits by name, and the emoji drawings that the bundled model learnt from."""
 
 from arimg.data.images import Images, augment, load_images, open_image, to_tensor
 

@@ -1,8 +1,9 @@
 """Emoji drawings in five styles, rendered from the icon packages on npm into one tar of PNG files.
 
-The five sets are under Apache-2.0 (noto, noto-v1, fxemoji) or MIT (fluent, fluent-flat); see `third_party/NOTICES.md`.
-A member of the tar is called `<category>/<style>/<group>~<name>.png`: the folder is the class, and `group` (the
-drawing's name without gender and direction) keeps all styles and variants of one name in one split.
+The five sets are under Apache-2.0 (noto, noto-v1, fxemoji) or MIT (fluent, fluent-flat); the notices stand in
+`third_party/NOTICES.md`. A member of the tar is called `<category>/<style>/<group>~<name>.png`: the folder is
+the class, and `group` (the drawing's name without gender and direction) keeps all styles and variants of one
+name in one split.
 Needs `npm` and the extra `arimg[train]` (resvg-py).
 """
 
@@ -81,8 +82,8 @@ def _signatures(text: str) -> tuple[str, str]:
 class Names:
     """Maps the names that the sets use to one canonical name and its category (those of the noto set).
 
-    A name is looked up as it is, through aliases, through its code point's Unicode name, and without filler words.
-    A drawing that is still unknown is left out: it could be a held-out drawing under another name.
+    A name is looked up as it is, through aliases, through its code point's Unicode name, and without filler
+    words. A drawing that is still unknown is left out: it could be a held-out drawing under another name.
     """
 
     def __init__(self, noto: dict[str, Any]) -> None:
@@ -113,7 +114,10 @@ class Names:
 
 
 def _load_set(package: Path) -> dict[str, Any]:
-    parts = {part: json.loads((package / f"{part}.json").read_text()) for part in ("icons", "metadata", "chars", "info")}
+    parts = {
+        part: json.loads((package / f"{part}.json").read_text())
+        for part in ("icons", "metadata", "chars", "info")
+    }
     licence = parts["info"]["license"]["spdx"]
     if licence not in ALLOWED_LICENCES:
         raise ValueError(f"expected a licence in {sorted(ALLOWED_LICENCES)}, got {licence} for {package}")
@@ -121,7 +125,10 @@ def _load_set(package: Path) -> dict[str, Any]:
 
 
 def _svg(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
-    box = [icon.get(key, defaults.get(key, 0 if key in ("left", "top") else 16)) for key in ("left", "top", "width", "height")]
+    box = [
+        icon.get(key, defaults.get(key, 0 if key in ("left", "top") else 16))
+        for key in ("left", "top", "width", "height")
+    ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{" ".join(str(v) for v in box)}">{icon["body"]}</svg>'
@@ -129,7 +136,7 @@ def _svg(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
 
 
 def read_drawings(packages: dict[str, Path]) -> Iterator[Drawing]:
-    """Yields every drawing without skin tone of the unpacked npm packages (style -> folder), in a fixed order."""
+    """Yields every drawing without skin tone of the unpacked packages (style -> folder), in a fixed order."""
     sets = {style: _load_set(folder) for style, folder in packages.items()}
     names = Names(sets["noto"])
     flat_codes = sets["fluent-flat"]["chars"] if "fluent-flat" in sets else {}
@@ -141,7 +148,9 @@ def read_drawings(packages: dict[str, Path]) -> Iterator[Drawing]:
         taken = set()
         for name, icon in sorted(parts["icons"]["icons"].items()):
             own = codes.get(name, [])
-            toned = any(_SKIN_TONES & set(code.split("-")) for code in own) or (not own and _SKIN_NAME.search(name))
+            toned = any(_SKIN_TONES & set(code.split("-")) for code in own) or (
+                not own and _SKIN_NAME.search(name)
+            )
             canonical = None if toned or icon.get("hidden") else names.canonical(name, own)
             if canonical is None or canonical in taken or "skin-tone" in canonical:
                 continue
@@ -157,7 +166,9 @@ def render(svg: str, size: int) -> bytes:
         raise ValueError('rendering needs resvg-py: install it with `pip install "arimg[train]"`') from error
     from PIL import Image
 
-    drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)))).convert("RGBA")
+    drawn = Image.open(
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)))
+    ).convert("RGBA")
     page = Image.new("RGBA", (size, size), "white")
     drawn.thumbnail((size, size))
     page.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
@@ -175,7 +186,9 @@ def download(folder: Path) -> dict[str, Path]:
         target = folder / style
         target.mkdir(parents=True, exist_ok=True)
         if not (target / "package").is_dir():
-            done = subprocess.run(["npm", "pack", "--silent", package], cwd=target, capture_output=True, text=True)
+            done = subprocess.run(
+                ["npm", "pack", "--silent", package], cwd=target, capture_output=True, text=True
+            )
             if done.returncode != 0:
                 raise ValueError(f"npm could not fetch {package}: {done.stderr.strip().splitlines()[-1:]}")
             with tarfile.open(target / done.stdout.strip().splitlines()[-1]) as archive:

@@ -1,8 +1,8 @@
 """Images with classes from any folder or tar: the folder a file lies in is its class.
 
-All images are decoded once to one uint8 array (64 px: 12 KiB each, 100,000 of them 1.2 GB). Transparent images are
-laid on white. Splits depend on names alone: the same file falls on the same side on every machine and in any
-collection, and files whose stem agrees up to a `~` (`cook~woman.png`, `cook~man.png`) are never split apart.
+All images are decoded once to one uint8 array (64 px: 12 KiB each, 100,000 of them 1.2 GB). Transparent
+images are laid on white. Splits depend on names alone: a file falls on the same side on every machine and in any
+collection, and files whose stem agrees up to a `~` (`cook~woman.png`, `cook~man.png`) stay together.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def read_entries(source: Path) -> Iterator[Entry]:
 
 
 def open_image(file: Path | io.BytesIO, size: int | None = None) -> np.ndarray:
-    """Decodes an image to uint8 [size, size, 3]: on white, centre-cropped to a square, resized (None: as it is).
+    """Decodes an image to uint8 [size, size, 3]: on white, centre-cropped, resized (None: as it is).
 
     Raises ValueError where the file is no image.
     """
     try:
-        image = Image.open(file)
+        image: Image.Image = Image.open(file)
         image.load()
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"not a readable image: {getattr(file, 'name', file)} ({error})") from error
@@ -105,7 +105,9 @@ class Images:
         """(training, held out): a name is held out if its hash falls below the fraction `held_out`."""
         if not 0 <= held_out < 1:
             raise ValueError(f"expected a held-out fraction in [0, 1), got {held_out}")
-        side = np.array([_unit_hash(f"{seed}:{group_of(name)}") < held_out for name in self.names], dtype=bool)
+        side = np.array(
+            [_unit_hash(f"{seed}:{group_of(name)}") < held_out for name in self.names], dtype=bool
+        )
         return self.subset(np.flatnonzero(~side)), self.subset(np.flatnonzero(side))
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Tensor:
@@ -118,7 +120,7 @@ def _unit_hash(text: str) -> float:
 
 
 def load_images(source: str | Path, size: int, classes: Sequence[str] | None = None) -> Images:
-    """Reads a folder or tar. `classes`: the expected order of classes (default: the folders found, sorted).
+    """Reads a folder or tar. `classes`: the order of classes (default: the folders found, sorted).
 
     Raises FileNotFoundError, and ValueError for an empty collection, an unreadable image or an unknown folder.
     """
@@ -138,7 +140,9 @@ def load_images(source: str | Path, size: int, classes: Sequence[str] | None = N
     index = {name: i for i, name in enumerate(known)}
     unknown = sorted(set(folders) - set(known))
     if unknown:
-        raise ValueError(f"expected folders among the {len(known)} known classes, got {unknown[:3]} in {source}")
+        raise ValueError(
+            f"expected folders among the {len(known)} known classes, got {unknown[:3]} in {source}"
+        )
     labels = np.array([index[folder] for folder in folders], dtype=np.int64)
     return Images(np.stack(pixels), labels, tuple(names), known)
 

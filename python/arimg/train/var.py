@@ -98,7 +98,9 @@ class VarTask:
         assert isinstance(model, VAR)
         x = model.tokenizer.quantize.generator_input(self.tokens.scales(indices))
         logits, target = model(self.tokens.labels[indices], x), self.tokens.indices[indices]
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=self.settings.label_smoothing)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), label_smoothing=self.settings.label_smoothing
+        )
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()

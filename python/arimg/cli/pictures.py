@@ -1,0 +1,118 @@
+"""Commands that use a trained model: generate, reconstruct, classes, info."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arimg import models, show_config
+from arimg.data.images import open_image, to_tensor
+from arimg.train.grid import make_grid, save_png
+
+
+def add_commands(commands: Any) -> None:
+    generate = _command(commands, "generate", run_generate, "make pictures of a class")
+    generate.add_argument(
+        "--class", dest="classes", action="append", metavar="NAME", help="class; may be repeated"
+    )
+    generate.add_argument("--n", type=_positive, default=16, help="pictures per class (default 16)")
+    generate.add_argument("--seed", type=int, default=0, help="picture i is drawn with seed + i (default 0)")
+    generate.add_argument(
+        "-o", "--out", type=Path, default=Path("out.png"), help="PNG to write (default out.png)"
+    )
+    generate.add_argument(
+        "--steps-grid", action="store_true", help="one row per picture: its previews, scale by scale"
+    )
+    generate.add_argument("--columns", type=_positive, help="pictures per row (default: about square)")
+    generate.add_argument("--cfg", type=float, help="guidance strength (default: the model's)")
+    generate.add_argument("--top-k", type=int, help="draw among the k likeliest tokens; 0: all")
+    generate.add_argument(
+        "--top-p", type=float, help="draw among the likeliest tokens of this total probability"
+    )
+    generate.add_argument("--more-smooth", action="store_true", help="mix codes instead of drawing one")
+    _add_model(generate)
+
+    reconstruct = _command(commands, "reconstruct", run_reconstruct, "pass a picture through the tokenizer")
+    reconstruct.add_argument("image", type=Path)
+    reconstruct.add_argument("-o", "--out", type=Path, help="PNG: original beside reconstruction")
+    _add_model(reconstruct)
+
+    _add_model(_command(commands, "classes", run_classes, "list a model's classes"))
+    _command(
+        commands, "info", lambda _: print(show_config()), "versions, what was built, what could not load"
+    )
+
+
+def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    text = "a bundled model, a folder with tokenizer.safetensors and var.safetensors, or a generator's file"
+    parser.add_argument(
+        "--model", default=models.DEFAULT, metavar="PATH", help=f"{text} (default {models.DEFAULT})"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="the tokenizer's file, with a generator's file"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    bundle = models.load(args.model, args.tokenizer)
+    if not args.classes:
+        raise ValueError("give a class with --class NAME; `arimg classes` lists them")
+    labels = torch.tensor([bundle.label(name) for name in args.classes for _ in range(args.n)])
+    chosen = {"cfg": args.cfg, "top_k": args.top_k, "top_p": args.top_p}
+    sampling = {**bundle.sampling, **{k: v for k, v in chosen.items() if v is not None}}
+    started = time.perf_counter()
+    steps = list(bundle.var.stream(labels, seed=args.seed, more_smooth=args.more_smooth, **sampling))
+    if args.steps_grid:
+        previews = torch.stack([step.image for step in steps], dim=1)  # [B, steps, 3, H, W]
+        picture = make_grid(previews.flatten(0, 1), len(steps))
+    else:
+        picture = make_grid(steps[-1].image, args.columns or _square_columns(len(labels)))
+    save_png(picture, args.out)
+    print(f"{args.out}: {len(labels)} pictures in {time.perf_counter() - started:.1f} s")
+
+
+def _square_columns(count: int) -> int:
+    return int(count**0.5 + 0.999)
+
+
+def run_reconstruct(args: argparse.Namespace) -> None:
+    bundle = models.load(args.model, args.tokenizer)
+    if not args.image.exists():
+        raise FileNotFoundError(f"no such image: {args.image}")
+    height, width = bundle.tokenizer.image_size
+    if height != width:
+        raise ValueError(f"expected a tokenizer of square images, got {height} x {width}")
+    image = to_tensor(open_image(args.image, height))[None]
+    tokens = bundle.tokenizer.encode(image)
+    again = bundle.tokenizer.decode(tokens)
+    out = args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png")
+    save_png(make_grid(torch.cat((image, again)), 2), out)
+    print(f"{out}: {sum(t.numel() for t in tokens)} tokens, PSNR {_psnr(image, again):.2f} dB")
+
+
+def _psnr(a: Tensor, b: Tensor) -> float:
+    return float(-10 * (a - b).square().mean().clamp_min(1e-10).log10())
+
+
+def run_classes(args: argparse.Namespace) -> None:
+    bundle = models.load(args.model, args.tokenizer)
+    print("\n".join(bundle.classes) if bundle.classes else f"{bundle.var.num_classes} classes without names")
