@@ -12,8 +12,8 @@ _ROWS_PER_BLOCK = 4096  # bounds the distance matrix to this many rows
 def nearest_code(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
     """Index of the code nearest to each row: x [N, D], codebook [K, D] -> int64 [N].
 
-    metric "l2" minimises |x - e|^2, "cosine" and "dot" maximise the similarity. Ties go to the lowest index
-    and a row with a NaN gets index 0. Distances are taken in float32 (float64 for float64 input); no
+    metric "l2" minimises |x - e|^2, "cosine" and "dot" maximise the similarity. Ties go to the lowest index,
+    a row with a NaN gets index 0 and a code with a NaN is never chosen. Distances are taken in float32 (float64 for float64 input); no
     gradient.
     """
     x, codes = wide(x.detach()), wide(codebook.detach())
@@ -23,10 +23,10 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
     index = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for i in range(0, len(x), _ROWS_PER_BLOCK):
         rows = x[i : i + _ROWS_PER_BLOCK]
-        # |x - e|^2 / 2 without the |x|^2 that all codes share; argmin takes the first of equals and the first
-        # NaN
-        index[i : i + _ROWS_PER_BLOCK] = (offset - rows @ codes.T).argmin(-1)
-    return index.masked_fill_(x.isnan().any(-1), 0)
+        # |x - e|^2 / 2 without the |x|^2 that all codes share; argmin takes the first of equals
+        scores = offset - rows @ codes.T
+        index[i : i + _ROWS_PER_BLOCK] = scores.masked_fill_(scores.isnan(), float("inf")).argmin(-1)
+    return index
 
 
 def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
