@@ -8,8 +8,11 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from arimg.nn.conv import Conv3x3, norm_silu_conv
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -18,29 +21,20 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, most, channels), channels, eps=1e-6)
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x))"""
-    return F.silu(norm(x), inplace=True)
-
-
-def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the shortcut where widths
     differ.
     """
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_out: int, fast: bool = False) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), conv3x3(c_in, c_out)
-        self.norm2, self.conv2 = group_norm(c_out), conv3x3(c_out, c_out)
+        self.norm1, self.conv1 = group_norm(c_in), Conv3x3(c_in, c_out, fast)
+        self.norm2, self.conv2 = group_norm(c_out), Conv3x3(c_out, c_out, fast)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x))
-        return self.nin_shortcut(x) + self.conv2(norm_silu(self.norm2, h))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        return norm_silu_conv(self.norm2, self.conv2, h, residual=self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -75,7 +69,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels, fast=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -87,11 +81,11 @@ class Level(nn.Module):
     """
 
     def __init__(
-        self, widths: Sequence[int], attention: bool, resample: tuple[str, nn.Module] | None
+        self, widths: Sequence[int], attention: bool, resample: tuple[str, nn.Module] | None, fast: bool
     ) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairs)
+        self.block = nn.ModuleList(ResnetBlock(a, b, fast) for a, b in pairs)
         self.attn = nn.ModuleList(AttentionBlock(b) for _, b in pairs) if attention else nn.ModuleList()
         self.resample = resample[0] if resample else None
         if resample:
@@ -124,23 +118,24 @@ class Encoder(nn.Module):
     def __init__(self, ch: int, ch_mult: Sequence[int], blocks: int, z_channels: int) -> None:
         super().__init__()
         widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
-        self.conv_in = conv3x3(3, ch)
+        self.conv_in = Conv3x3(3, ch)
         self.down = nn.ModuleList(
             Level(
                 [widths[i - 1] if i else ch] + [width] * blocks,
                 attention=i == last,
                 resample=("downsample", Downsample(width)) if i < last else None,
+                fast=False,
             )
             for i, width in enumerate(widths)
         )
         self.mid = Middle(widths[-1])
-        self.norm_out, self.conv_out = group_norm(widths[-1]), conv3x3(widths[-1], z_channels)
+        self.norm_out, self.conv_out = group_norm(widths[-1]), Conv3x3(widths[-1], z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(norm_silu(self.norm_out, self.mid(h)))
+        return norm_silu_conv(self.norm_out, self.conv_out, self.mid(h))
 
 
 class Decoder(nn.Module):
@@ -149,20 +144,21 @@ class Decoder(nn.Module):
     def __init__(self, ch: int, ch_mult: Sequence[int], blocks: int, z_channels: int) -> None:
         super().__init__()
         widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
-        self.conv_in = conv3x3(z_channels, widths[-1])
+        self.conv_in = Conv3x3(z_channels, widths[-1])
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(
             Level(
                 [widths[min(i + 1, last)]] + [width] * (blocks + 1),
                 attention=i == last,
                 resample=("upsample", Upsample(width)) if i else None,
+                fast=True,
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out, self.conv_out = group_norm(widths[0]), conv3x3(widths[0], 3)
+        self.norm_out, self.conv_out = group_norm(widths[0]), Conv3x3(widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+        h = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(norm_silu(self.norm_out, h))
+        return norm_silu_conv(self.norm_out, self.conv_out, h)

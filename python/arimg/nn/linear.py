@@ -1,7 +1,14 @@
 """Linear layers. The one place that decides how a matrix product runs."""
 
+from functools import cache
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_FEW_ROWS = (
+    8  # up to here a 16-bit product is bound by reading the weight, and its own type reads half as much
+)
 
 
 class Linear(nn.Linear):
@@ -11,6 +18,20 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+@cache
+def _computes_16_bit() -> bool:
+    """Whether this CPU multiplies 16-bit floats at full speed (AVX-512 BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., C], weight [N, C], bias [N] -> x weight^T + bias [..., N]."""
+    """x [..., C], weight [N, C], bias [N] -> x weight^T + bias [..., N].
+
+    On a CPU without 16-bit arithmetic, a bfloat16 or float16 product of more than a few rows converts its
+    operands to float32: measured on Zen 3, 512 rows run at 19 GFLOP/s in bfloat16 and at 78 in float32.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
+    if half and x.device.type == "cpu" and x.numel() > _FEW_ROWS * x.shape[-1] and not _computes_16_bit():
+        out = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return out.to(x.dtype)
     return F.linear(x, weight, bias)
