@@ -65,9 +65,13 @@ ARIMG_HD float from_float<float>(float x) {
 }
 template <>
 ARIMG_HD BFloat16 from_float<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
   uint32_t u = float_bits(x);
   if (x != x) return BFloat16{uint16_t((u >> 16) | 0x40)};
   return BFloat16{uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+#endif
 }
 template <>
 ARIMG_HD Half from_float<Half>(float x) {

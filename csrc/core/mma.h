@@ -11,6 +11,8 @@
 // where A is 16 x k, B is k x 8, and two 16-bit values share a register, the first in the low half.
 #pragma once
 
+#include <type_traits>
+
 #include "core/cuda.h"
 #include "core/dtype.h"
 
@@ -23,7 +25,16 @@ namespace arimg::cuda {
 // Two floats rounded to T (BFloat16 or Half) in one register, `low` in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
+#if defined(ARIMG_EMULATOR)
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+#else
+  uint32_t out;  // one instruction for the pair
+  if constexpr (std::is_same_v<T, BFloat16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+#endif
 }
 
 #if !defined(ARIMG_EMULATOR)
