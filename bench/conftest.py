@@ -58,15 +58,21 @@ def ceilings() -> dict[str, float]:
 
 @pytest.fixture
 def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
-    """measure(group, name, function, *, bytes=0, flops=0) -> median seconds. Once per test."""
+    """measure(group, name, function, *, bytes=0, flops=0, rounds=None) -> median seconds. Once per test."""
     torch.set_num_threads(THREADS)
 
     def run(
-        group: str, name: str, function: Callable[[], object], *, bytes: float = 0, flops: float = 0
+        group: str,
+        name: str,
+        function: Callable[[], object],
+        *,
+        bytes: float = 0,
+        flops: float = 0,
+        rounds: int | None = None,
     ) -> float:
         benchmark.group = group
         once = _best(function, 1)  # also the warm-up
-        rounds = 1 if SMOKE else max(5, min(100, int(1.5 / max(once, 1e-6))))
+        rounds = 1 if SMOKE else rounds or max(5, min(100, int(1.5 / max(once, 1e-6))))
         # Short calls are timed in a loop, so that the clock's resolution does not show.
         inner = 1 if SMOKE else max(1, int(2e-4 / max(once, 1e-7)))
         benchmark.pedantic(function, rounds=rounds, iterations=inner)

@@ -1,8 +1,9 @@
 """VAR's released generation loop in plain PyTorch: the peer of `VAR.generate`.
 
-Straightforward, and nothing in it is slower than it has to be in that form: keys and values grow by `torch.cat`,
-a block's modulation is computed where it is used, attention is `scaled_dot_product_attention`, top-k and top-p
-sort, and the decoder runs torch's modules in their default layout. It uses the weights of an `arimg` model.
+Straightforward, and nothing in it is slower than it has to be in that form: keys and values grow by
+`torch.cat`, a block's modulation is computed where it is used, attention is `scaled_dot_product_attention`,
+top-k and top-p sort, and the decoder runs torch's modules in their default layout. It uses the weights of an
+`arimg` model.
 """
 
 from dataclasses import dataclass, field
