@@ -12,7 +12,7 @@ from arimg.reference.quantize import lookup, nearest_code
 
 def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
-        return x
+        return x.clone()
     return F.interpolate(wide(x), size=tuple(size), mode=mode).to(x.dtype)
 
 
@@ -64,9 +64,11 @@ def encode(
 
     f [B, C, H, W], codebook [K, C], weights [P, C, C, 3, 3], biases [P, C], scales [(h, w), ...] from coarse
     to fine, phi[k] = the convolution that scale k uses. Returns the indices, int64 [B, h * w] per scale, and
-    f_hat [B, C, H, W]. The residual is area-averaged to each scale but the last.
+    f_hat [B, C, H, W]. The residual is area-averaged to each scale but the last; both are
+    carried in float32 whatever the dtype of f.
     """
-    residual, f_hat = f.detach().clone(), torch.zeros_like(f)
+    residual = wide(f.detach().clone())
+    f_hat = torch.zeros_like(residual)
     indices = []
     for k, (h, w) in enumerate(scales):
         small = residual if k == len(scales) - 1 else area_down(residual, (h, w))
@@ -75,4 +77,4 @@ def encode(
         codes = lookup(index, codebook).transpose(1, 2).reshape(len(f), -1, h, w)
         accumulate_(f_hat, codes, weights[phi[k]], biases[phi[k]], ratio, residual)
         indices.append(index)
-    return indices, f_hat
+    return indices, f_hat.to(f.dtype)

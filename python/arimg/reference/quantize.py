@@ -13,8 +13,8 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
     """Index of the code nearest to each row: x [N, D], codebook [K, D] -> int64 [N].
 
     metric "l2" minimises |x - e|^2, "cosine" and "dot" maximise the similarity. Ties go to the lowest index,
-    a row with a NaN gets index 0 and a code with a NaN is never chosen. Distances are taken in float32 (float64 for float64 input); no
-    gradient.
+    a row with a NaN gets index 0 and a code with a NaN is never chosen. Distances are taken in float32
+    (float64 for float64 input); no gradient.
     """
     x, codes = wide(x.detach()), wide(codebook.detach())
     if metric == "cosine":  # the length of x does not change the order
