@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 import pytest
 import torch
+
 from arimg import _library
 
 OURS = "arimg"

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+
 from arimg import _library
 from guarded import GuardInputs
 

@@ -37,7 +37,16 @@ def test_the_library_needs_libtorch_cpu_alone():
     if shutil.which("readelf") is None:
         pytest.skip("no readelf")
     needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", BUILD / "_ops.so"))
-    system = ("libc.so", "libm.so", "libstdc++.so", "libgcc_s.so", "ld-linux", "libdl.so", "libpthread.so", "librt.so")
+    system = (
+        "libc.so",
+        "libm.so",
+        "libstdc++.so",
+        "libgcc_s.so",
+        "ld-linux",
+        "libdl.so",
+        "libpthread.so",
+        "librt.so",
+    )
     assert [n for n in needed if not n.startswith(system)] == ["libtorch_cpu.so"]
     dynamic = run("readelf", "-d", BUILD / "_ops.so")
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic

@@ -1,4 +1,4 @@
-"""Run with any torch >= 2.10 beside an installed wheel: loads, runs the CPU operators, looks for the CUDA ones."""
+"""Run with any torch >= 2.10 beside an installed wheel: runs the CPU operators, looks for the CUDA ones."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ def main() -> None:
     assert torch.allclose(ops.norm_modulate(tokens, m, m), reference.norm_modulate(tokens, m, m), atol=1e-4)
     rows = layout.Layout.scales((1, 2, 4)).intervals("level-causal")
     q, k, v = torch.randn(3, 2, 4, 21, 64)
-    ours, oracle = ops.row_interval_attention(q, k, v, *rows), reference.row_interval_attention(q, k, v, *rows)
+    ours, oracle = (
+        ops.row_interval_attention(q, k, v, *rows),
+        reference.row_interval_attention(q, k, v, *rows),
+    )
     assert torch.allclose(ours, oracle, atol=1e-5)
     logits = torch.randn(64, 1000)
     kept = dict(top_k=50, top_p=0.9, seed=3)
     assert torch.equal(ops.sample(logits, **kept), reference.sample(logits, **kept))
     torch.library.opcheck(torch.ops.arimg.norm_modulate, (tokens, m, m, 1e-6))
-    print(f"torch {torch.__version__}: {len(names)} operators on the CPU, {len(on_cuda)} registered for CUDA: ok")
+    print(f"torch {torch.__version__}: {len(names)} operators on CPU, {len(on_cuda)} for CUDA: ok")
 
 
 if __name__ == "__main__":
