@@ -7,10 +7,9 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from arimg.data import augment, emoji, load_images, open_image, to_tensor
 from arimg.data.images import group_of
+from PIL import Image
 
 
 def png(colour, size=(8, 8), mode="RGB"):
@@ -143,13 +142,14 @@ def test_styles_share_names_and_skin_tones_are_left_out(tmp_path):
 
 def test_a_set_under_another_licence_is_refused(tmp_path):
     folder = package(tmp_path / "noto", ["a"], {}, {}, licence="CC-BY-4.0")
-    with pytest.raises(ValueError, match="CC-BY-4.0"):
+    with pytest.raises(ValueError, match=r"CC-BY-4\.0"):
         list(emoji.read_drawings({"noto": folder}))
 
 
 def test_a_drawing_is_rendered_on_white():
     pytest.importorskip("resvg_py", reason="resvg-py is not installed")
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 2"><rect width="4" height="2" fill="#f00"/></svg>'
+    shape = '<rect width="4" height="2" fill="#f00"/>'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 2">{shape}</svg>'
     pixels = open_image(io.BytesIO(emoji.render(svg, 16)))
     assert pixels.shape == (16, 16, 3)
     assert pixels[8, 8].tolist() == [255, 0, 0] and pixels[1, 8].tolist() == [255, 255, 255]

@@ -106,6 +106,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scales", type=_numbers, default=(1, 2, 3, 4, 6, 8), help="token maps (default 1,2,3,4,6,8)"
     )
+    parser.add_argument("--init", type=Path, help="start from this tokenizer; its sizes hold")
     _add_settings(parser, TokenizerSettings())
 
 
@@ -164,15 +165,18 @@ def run_emoji(args: argparse.Namespace) -> None:
     print(f"{args.out / f'emoji{args.size}.tar'}: {drawings} drawings, {classes} classes")
 
 
-def run_tokenizer(args: argparse.Namespace) -> None:
+def _new_tokenizer(args: argparse.Namespace) -> VQVAE:
     factor = 2 ** (len(args.ch_mult) - 1)
     if args.scales[-1] * factor != args.size:
-        raise ValueError(
-            f"expected a last scale of size / {factor} = {args.size / factor:g}, got {args.scales[-1]}"
-        )
-    train, _ = load_images(args.data, args.size).split(args.held_out)
+        wanted = f"{args.size / factor:g}"
+        raise ValueError(f"expected a last scale of size / {factor} = {wanted}, got {args.scales[-1]}")
+    return VQVAE(args.vocab, args.z_channels, args.ch, args.ch_mult, args.scales, blocks=args.blocks)
+
+
+def run_tokenizer(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    model = VQVAE(args.vocab, args.z_channels, args.ch, args.ch_mult, args.scales, blocks=args.blocks)
+    model = tokenizers.load(args.init).train() if args.init else _new_tokenizer(args)
+    train, _ = load_images(args.data, model.image_size[0]).split(args.held_out)
     task = TokenizerTask(model, train, _settings(TokenizerSettings, args))
     ema = fit(task, _run_config(args), _recorded(args))
     assert isinstance(ema, VQVAE)

@@ -23,6 +23,7 @@ class TokenizerSettings:
 
     restart_every: after so many steps, codes that were not used since then are moved onto random residuals of
     the batch, until step `restart_until`.
+    decoder_only: the encoder and the codes stay, so that tokens keep their meaning; only the decoder learns.
     """
 
     lr: float = 1e-3
@@ -37,6 +38,7 @@ class TokenizerSettings:
     flip: bool = True
     restart_every: int = 50
     restart_until: int = 4000
+    decoder_only: bool = False
 
 
 @torch.no_grad()
@@ -64,8 +66,13 @@ class TokenizerTask:
         self.images, self.settings = images, settings
         self.modules: dict[str, nn.Module] = {"model": tokenizer}
         # Adam with a short memory of squares: restarts and the growing features change gradients quickly.
+        if settings.decoder_only:
+            tokenizer.requires_grad_(False)
+            for part in (tokenizer.post_quant_conv, tokenizer.decoder):
+                part.requires_grad_(True)
+        learnt = [p for p in tokenizer.parameters() if p.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "model": torch.optim.Adam(tokenizer.parameters(), settings.lr, betas=(0.9, 0.97))
+            "model": torch.optim.Adam(learnt, settings.lr, betas=(0.9, 0.97))
         }
         self.feature = FeatureLoss(stages=3) if settings.feature else None
         if settings.adversarial:
@@ -91,9 +98,12 @@ class TokenizerTask:
     def step(self, indices: Tensor, step: int) -> dict[str, float]:
         s = self.settings
         real = augment(self.images.batch(indices.numpy()), torch.default_generator, s.shift, s.flip)
-        if s.restart_every and step % s.restart_every == 0 and step <= s.restart_until:
+        restarts = s.restart_every and not s.decoder_only
+        if restarts and step % s.restart_every == 0 and step <= s.restart_until:
             self._restart(real)
-        fake, vq, tokens = self.tokenizer(real)
+        with torch.set_grad_enabled(not s.decoder_only):
+            f_hat, vq, tokens = self.tokenizer.quantize(self.tokenizer.features(real))
+        fake = self.tokenizer.pixels(f_hat)
         parts = {
             "l1": s.l1 * (fake - real).abs().mean(),
             "l2": s.l2 * (fake - real).square().mean(),
