@@ -16,6 +16,7 @@ from arimg.tokenizers import VQVAE
 from arimg.train.grid import make_grid, save_png
 from arimg.train.loop import RunConfig, batch_indices, fit, rate_factor, update_ema
 from arimg.train.losses import gradient_loss
+from arimg.train.muon import Muon, orthogonalise
 from arimg.train.tokenizer import TokenizerSettings, TokenizerTask, scale_residuals
 from arimg.train.var import VarSettings, VarTask, class_weights, tokenize
 from PIL import Image
@@ -136,6 +137,24 @@ def test_the_decoder_alone_can_learn_on(tmp_path):
     after = fit(TokenizerTask(tokenizer, images, settings), RunConfig(tmp_path, steps=2, ema=0)).state_dict()
     changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_orthogonalised_matrices_keep_their_singular_vectors(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    values = u.T @ orthogonalise(matrix, iterations=8) @ vh.T
+    assert ((values.diagonal() > 0.6) & (values.diagonal() < 1.3)).all()
+    torch.testing.assert_close(values, values.diagonal().diag(), atol=1e-4, rtol=0)
+
+
+def test_muon_moves_at_the_rate_it_says():
+    weight = torch.nn.Parameter(torch.zeros(64, 32))
+    weight.grad = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    Muon([weight], lr=0.5).step()
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.2 * 0.5, rel=0.2)
+    with pytest.raises(ValueError, match="expected matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
 from arimg.train.grid import make_grid
 from arimg.train.loop import descend
+from arimg.train.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,5 @@ def _optimizers(model: VAR, settings: VarSettings) -> dict[str, torch.optim.Opti
         "adamw": torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.95))
     }
     if chosen:
-        # Rates are matched to AdamW's by the size of the update.
-        optimizers["muon"] = torch.optim.Muon(
-            matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        optimizers["muon"] = Muon(matrices, settings.lr, weight_decay=settings.weight_decay)
     return optimizers
