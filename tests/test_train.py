@@ -15,7 +15,7 @@ from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
 from arimg.train.grid import make_grid, save_png
 from arimg.train.loop import RunConfig, batch_indices, fit, rate_factor, update_ema
-from arimg.train.losses import gradient_loss
+from arimg.train.losses import chroma_loss, gradient_loss
 from arimg.train.muon import Muon, orthogonalise
 from arimg.train.tokenizer import TokenizerSettings, TokenizerTask, scale_residuals
 from arimg.train.var import VarSettings, VarTask, class_weights, tokenize
@@ -82,6 +82,13 @@ def test_the_average_follows_the_weights_and_takes_over_buffers():
 def test_the_gradient_loss_ignores_a_constant_shift():
     a = torch.rand(2, 3, 16, 16)
     assert gradient_loss(a, a + 0.2).item() < 1e-6 < gradient_loss(a, a.flip(-1)).item()
+
+
+def test_the_chroma_loss_sees_hue_and_no_lightness():
+    a = torch.rand(2, 3, 4, 4)
+    assert chroma_loss(a, a + 0.3).item() < 1e-6
+    green = torch.tensor([0, 0.1, 0]).view(1, 3, 1, 1)
+    assert chroma_loss(a, a + green).item() == pytest.approx(0.2, abs=1e-5)
 
 
 def test_residuals_are_what_the_quantizer_looks_up():
