@@ -10,6 +10,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+
 from arimg.data.images import Images
 from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
@@ -19,8 +22,6 @@ from arimg.train.losses import chroma_loss, gradient_loss
 from arimg.train.muon import Muon, orthogonalise
 from arimg.train.tokenizer import TokenizerSettings, TokenizerTask, scale_residuals
 from arimg.train.var import VarSettings, VarTask, class_weights, tokenize
-from PIL import Image
-from safetensors.torch import load_file
 
 SMALL = {"vocab_size": 32, "z_channels": 8, "ch": 8, "ch_mult": (1, 2), "scales": (1, 2, 4), "blocks": 1}
 

@@ -23,7 +23,7 @@ def gradient_loss(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
 
 
 def chroma_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute error of red - green and blue - green: else hues are what a small tokenizer learns last."""
+    """Mean absolute error of red - green and blue - green: a small tokenizer else learns hues last."""
     d = a - b
     return (d[:, 0] - d[:, 1]).abs().mean() + (d[:, 2] - d[:, 1]).abs().mean()
 
