@@ -21,7 +21,7 @@ from arimg.train.loop import RunConfig, batch_indices, fit, rate_factor, update_
 from arimg.train.losses import chroma_loss, gradient_loss
 from arimg.train.muon import Muon, orthogonalise
 from arimg.train.tokenizer import TokenizerSettings, TokenizerTask, scale_residuals
-from arimg.train.var import VarSettings, VarTask, class_weights, tokenize
+from arimg.train.var import VarSettings, VarTask, cached_tokens, class_weights, tokenize
 
 SMALL = {"vocab_size": 32, "z_channels": 8, "ch": 8, "ch_mult": (1, 2), "scales": (1, 2, 4), "blocks": 1}
 
@@ -124,6 +124,23 @@ def test_both_parts_learn_a_small_set_and_draw_it(tmp_path):
     assert log[-1]["loss"] < 0.5 * np.log(32)
     red, blue = var.generate([1, 0], cfg=1.0, top_k=1, top_p=1.0)[:, [0, 2]].mean((-1, -2))
     assert red[0] > red[1] and blue[1] > blue[0]
+
+
+def test_cached_tokens_are_used_until_codes_or_images_change(tmp_path):
+    torch.manual_seed(0)
+    tokenizer, images, settings = VQVAE(**SMALL).eval(), pictures(), VarSettings()
+    path = tmp_path / "run" / "tokens.pt"
+    first = cached_tokens(path, tokenizer, images, settings)
+    written = path.stat().st_mtime_ns
+    again = cached_tokens(path, tokenizer, images, settings)
+    assert path.stat().st_mtime_ns == written
+    assert torch.equal(first.indices, again.indices) and first.sizes == again.sizes
+    with torch.no_grad():
+        tokenizer.quantize.embedding.weight[:] = tokenizer.quantize.embedding.weight.flip(0)
+    flipped = cached_tokens(path, tokenizer, images, settings)
+    assert not torch.equal(flipped.indices, first.indices)
+    fewer = cached_tokens(path, tokenizer, images.subset(range(5)), settings)
+    assert len(fewer.labels) == 5
 
 
 def test_the_adversary_is_trained_and_saved_too(tmp_path):
