@@ -6,12 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
 from arimg import models
 from arimg.cli import main
 from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 CLASSES = ("food/noto", "smileys/fluent", "smileys/noto")
 
