@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from arimg import ops, reference
 from conftest import OURS, SMOKE
 
