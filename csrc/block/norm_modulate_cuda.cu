@@ -3,6 +3,7 @@
 // A thread owns chunks of 16 bytes. Rows that are not 16-byte aligned are read element by element, but by the
 // same threads in the same order: the result does not depend on where the tensors lie.
 #include "block/contract.h"
+#include "core/chunk.h"
 #include "core/cuda.h"
 
 namespace arimg {
@@ -11,37 +12,6 @@ namespace {
 using namespace cuda;
 
 constexpr int max_threads = 256;
-
-template <typename T>
-constexpr int chunk = 16 / sizeof(T);
-
-// Elements beyond `count` (the tail of a row; never with vectors) become `fill`.
-template <bool vectors, typename T>
-__device__ __forceinline__ void load(float (&to)[chunk<T>], const T* from, int count, float fill = 0.f) {
-  if constexpr (vectors) {
-    alignas(16) T raw[chunk<T>];
-    *reinterpret_cast<uint4*>(raw) = *reinterpret_cast<const uint4*>(from);
-#pragma unroll
-    for (int i = 0; i < chunk<T>; ++i) to[i] = to_float(raw[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < chunk<T>; ++i) to[i] = i < count ? to_float(from[i]) : fill;
-  }
-}
-
-template <bool vectors, typename T>
-__device__ __forceinline__ void store(T* to, const float (&from)[chunk<T>], int count) {
-  if constexpr (vectors) {
-    alignas(16) T raw[chunk<T>];
-#pragma unroll
-    for (int i = 0; i < chunk<T>; ++i) raw[i] = from_float<T>(from[i]);
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(raw);
-  } else {
-#pragma unroll
-    for (int i = 0; i < chunk<T>; ++i)
-      if (i < count) to[i] = from_float<T>(from[i]);
-  }
-}
 
 // f(first element, elements in the row from there) for each chunk of this thread.
 template <typename T, typename F>
@@ -62,12 +32,12 @@ __device__ __forceinline__ const T* add_residual(const NormModulate& p, int64_t 
   T* sum = static_cast<T*>(p.residual) + row * channels;
   for_chunks<T>(channels, [&](int i, int count) {
     float a[chunk<T>], b[chunk<T>], g[chunk<T>];
-    load<vectors>(a, x + i, count);
-    load<vectors>(b, y + i, count);
-    load<vectors>(g, gate + i, count);
+    load_chunk<vectors>(a, x + i, count);
+    load_chunk<vectors>(b, y + i, count);
+    load_chunk<vectors>(g, gate + i, count);
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j) a[j] = __fmaf_rn(g[j], b[j], a[j]);
-    store<vectors>(sum + i, a, count);
+    store_chunk<vectors>(sum + i, a, count);
   });
   return sum;
 }
@@ -85,7 +55,7 @@ __global__ void __launch_bounds__(max_threads) norm_modulate_kernel(NormModulate
   float total = 0.f;
   for_chunks<T>(channels, [&](int i, int count) {
     float v[chunk<T>];
-    load<vectors>(v, x + i, count);
+    load_chunk<vectors>(v, x + i, count);
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j) total += v[j];
   });
@@ -95,7 +65,7 @@ __global__ void __launch_bounds__(max_threads) norm_modulate_kernel(NormModulate
   float squares = 0.f, deviations = 0.f;
   for_chunks<T>(channels, [&](int i, int count) {
     float v[chunk<T>];
-    load<vectors>(v, x + i, count, mean);
+    load_chunk<vectors>(v, x + i, count, mean);
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j) {
       const float d = v[j] - mean;
@@ -112,21 +82,19 @@ __global__ void __launch_bounds__(max_threads) norm_modulate_kernel(NormModulate
   T* out = static_cast<T*>(p.out) + row * channels;
   for_chunks<T>(channels, [&](int i, int count) {
     float v[chunk<T>], a[chunk<T>], b[chunk<T>];
-    load<vectors>(v, x + i, count);
-    load<vectors>(a, scale + i, count);
-    load<vectors>(b, shift + i, count);
+    load_chunk<vectors>(v, x + i, count);
+    load_chunk<vectors>(a, scale + i, count);
+    load_chunk<vectors>(b, shift + i, count);
 #pragma unroll
     for (int j = 0; j < chunk<T>; ++j)
       v[j] = __fmaf_rn((v[j] - mean - correction) * inverse, a[j] + 1.f, b[j]);
-    store<vectors>(out + i, v, count);
+    store_chunk<vectors>(out + i, v, count);
   });
 }
 
 template <typename T>
 bool all_aligned(const NormModulate& p) {
-  auto fits = [](const void* pointer, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % chunk<T> == 0;
-  };
+  auto fits = chunk_aligned<T>;
   return fits(p.x, p.channels) && fits(p.y, 0) && fits(p.residual, 0) && fits(p.out, 0) &&
          fits(p.gate, p.gate_stride) && fits(p.scale, p.scale_stride) && fits(p.shift, p.shift_stride);
 }

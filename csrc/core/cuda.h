@@ -41,7 +41,7 @@ struct Exactly {  // keeps a parameter out of template deduction
   using type = T;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
+constexpr __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 

@@ -273,6 +273,34 @@ ARIMG_INLINE float reduce_max(F32 a) {
   for (int i = 1; i < W; ++i) m = a.v[i] > m ? a.v[i] : m;
   return m;
 }
+
+// Transposes a W x W matrix held as W vectors.
+template <int Distance, int... Lane>
+static ARIMG_INLINE void exchange(F32& a, F32& b) {
+  FloatVec low = __builtin_shufflevector(a.v, b.v, (Lane & Distance ? W + Lane - Distance : Lane)...);
+  FloatVec high = __builtin_shufflevector(a.v, b.v, (Lane & Distance ? W + Lane : Lane + Distance)...);
+  a = low;
+  b = high;
+}
+template <int Distance>
+static ARIMG_INLINE void exchange_all(F32 (&r)[W]) {
+  for (int i = 0; i < W; ++i) {
+    if (i & Distance) continue;
+    if constexpr (W == 16)
+      exchange<Distance, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(r[i], r[i + Distance]);
+    else if constexpr (W == 8)
+      exchange<Distance, 0, 1, 2, 3, 4, 5, 6, 7>(r[i], r[i + Distance]);
+    else
+      exchange<Distance, 0, 1, 2, 3>(r[i], r[i + Distance]);
+  }
+}
+static ARIMG_INLINE void transpose(F32 (&r)[W]) {
+  exchange_all<1>(r);
+  exchange_all<2>(r);
+  if constexpr (W >= 8) exchange_all<4>(r);
+  if constexpr (W >= 16) exchange_all<8>(r);
+}
+
 ARIMG_INLINE bool any(Mask m) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)m.m, (__m512i)m.m) != 0;
