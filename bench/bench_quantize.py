@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from arimg import ops
 from conftest import OURS, SMOKE
 
