@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from arimg import ops
 from conftest import OURS, SMOKE
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from functools import cache
 
-import plain_var
 import pytest
 import torch
+
+import plain_var
 from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from arimg.generators import VAR
 from arimg.nn.autoencoder import AttentionBlock, Decoder, ResnetBlock
-from torch import Tensor
 
 
 @dataclass

@@ -6,12 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
 from arimg import models
 from arimg.cli import main
 from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 CLASSES = ("food/noto", "smileys/fluent", "smileys/noto")
 
@@ -150,3 +151,22 @@ def test_the_bundled_model_has_the_classes_of_its_card(capsys):
     assert json.loads(json.dumps(bundled.sampling)) == bundled.sampling
     folder = models.Path(models.__file__).parent / models.DEFAULT
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 16 * 2**20
+
+
+def test_the_way_from_a_folder_to_a_picture(tmp_path, capsys):
+    for i in range(6):
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(path)
+    run = f"{tmp_path / 'data'} --steps 2 --batch-size 4 --held-out 0"
+    sizes = "--size 8 --vocab 16 --z-channels 8 --ch 8 --ch-mult 1,2 --scales 1,2,4"
+    assert main(f"train tokenizer {run} {sizes} --out {tmp_path / 'tok'}".split()) == 0
+    part = f"--tokenizer {tmp_path / 'tok' / 'tokenizer.safetensors'} --depth 1 --width 16 --heads 1"
+    options = ["--weight", "b=2", "--show", "b", "--sampling", '{"cfg": 0.5}']
+    assert main([*f"train var {run} {part} --out {tmp_path / 'var'}".split(), *options]) == 0
+    trained = models.load(tmp_path / "var" / "model")
+    assert trained.classes == ("a", "b") and trained.sampling == {"cfg": 0.5}
+    out = tmp_path / "out.png"
+    assert main(["generate", "--class", "b", "--model", str(tmp_path / "var" / "model"), "-o", str(out)]) == 0
+    assert pixels(out).shape == (2 + 4 * 10, 2 + 4 * 10, 3)
+    assert (tmp_path / "tok" / "grid-000002.png").exists() and (tmp_path / "var" / "grid-000002.png").exists()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from arimg.nn import conv as conv_module
 from arimg.nn.conv import Conv3x3, norm_silu_conv
 from arimg.nn.linear import linear
-from torch import Tensor, nn
 
 
 def case(

@@ -7,9 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from arimg.data import augment, emoji, load_images, open_image, to_tensor
 from arimg.data.images import group_of
-from PIL import Image
 
 
 def png(colour, size=(8, 8), mode="RGB"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from arimg.evaluate import EfficientNetLite0, kid, load_efficientnet, psnr, squared_mmd
 from arimg.evaluate.efficientnet import SameConv2d, weights_path
 

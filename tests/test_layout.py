@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from arimg.cache import KVCache
 from arimg.layout import Layout
 from arimg.tokenizers import SCALES_256, SCALES_512

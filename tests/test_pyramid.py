@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from arimg import _library, ops, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from arimg import _library, ops, reference
 from test_quantize import scores
 from tolerance import assert_close
 

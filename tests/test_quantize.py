@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from arimg import _library, ops, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from arimg import _library, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 METRICS = ["l2", "cosine", "dot"]

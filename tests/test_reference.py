@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from arimg import reference
 from arimg.reference.sampling import _philox, token_weights
-from torch import Tensor
 
 
 def generator(seed: int = 0) -> torch.Generator:

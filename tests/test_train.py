@@ -10,17 +10,18 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+
 from arimg.data.images import Images
 from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
 from arimg.train.grid import make_grid, save_png
 from arimg.train.loop import RunConfig, batch_indices, fit, rate_factor, update_ema
-from arimg.train.losses import gradient_loss
+from arimg.train.losses import chroma_loss, gradient_loss
 from arimg.train.muon import Muon, orthogonalise
 from arimg.train.tokenizer import TokenizerSettings, TokenizerTask, scale_residuals
-from arimg.train.var import VarSettings, VarTask, class_weights, tokenize
-from PIL import Image
-from safetensors.torch import load_file
+from arimg.train.var import VarSettings, VarTask, cached_tokens, class_weights, tokenize
 
 SMALL = {"vocab_size": 32, "z_channels": 8, "ch": 8, "ch_mult": (1, 2), "scales": (1, 2, 4), "blocks": 1}
 
@@ -84,6 +85,13 @@ def test_the_gradient_loss_ignores_a_constant_shift():
     assert gradient_loss(a, a + 0.2).item() < 1e-6 < gradient_loss(a, a.flip(-1)).item()
 
 
+def test_the_chroma_loss_sees_hue_and_no_lightness():
+    a = torch.rand(2, 3, 4, 4)
+    assert chroma_loss(a, a + 0.3).item() < 1e-6
+    green = torch.tensor([0, 0.1, 0]).view(1, 3, 1, 1)
+    assert chroma_loss(a, a + green).item() == pytest.approx(0.2, abs=1e-5)
+
+
 def test_residuals_are_what_the_quantizer_looks_up():
     torch.manual_seed(0)
     tokenizer = VQVAE(**SMALL)
@@ -116,6 +124,23 @@ def test_both_parts_learn_a_small_set_and_draw_it(tmp_path):
     assert log[-1]["loss"] < 0.5 * np.log(32)
     red, blue = var.generate([1, 0], cfg=1.0, top_k=1, top_p=1.0)[:, [0, 2]].mean((-1, -2))
     assert red[0] > red[1] and blue[1] > blue[0]
+
+
+def test_cached_tokens_are_used_until_codes_or_images_change(tmp_path):
+    torch.manual_seed(0)
+    tokenizer, images, settings = VQVAE(**SMALL).eval(), pictures(), VarSettings()
+    path = tmp_path / "run" / "tokens.pt"
+    first = cached_tokens(path, tokenizer, images, settings)
+    written = path.stat().st_mtime_ns
+    again = cached_tokens(path, tokenizer, images, settings)
+    assert path.stat().st_mtime_ns == written
+    assert torch.equal(first.indices, again.indices) and first.sizes == again.sizes
+    with torch.no_grad():
+        tokenizer.quantize.embedding.weight[:] = tokenizer.quantize.embedding.weight.flip(0)
+    flipped = cached_tokens(path, tokenizer, images, settings)
+    assert not torch.equal(flipped.indices, first.indices)
+    fewer = cached_tokens(path, tokenizer, images.subset(range(5)), settings)
+    assert len(fewer.labels) == 5
 
 
 def test_the_adversary_is_trained_and_saved_too(tmp_path):

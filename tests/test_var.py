@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from arimg import generators, tokenizers
 from arimg.generators import VAR
 from arimg.generators.var import _CachedDecoder
 from arimg.guidance import LinearRamp
 from arimg.tokenizers import SCALES_256, SCALES_512, VQVAE
-from torch import Tensor
 
 SCALES = (1, 2, 3, 4)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from arimg import reference, tokenizers
 from arimg.nn.scale_quantizer import nearest_tick
 from arimg.tokenizers import SCALES_512, VQVAE
-from torch import Tensor, nn
 
 Shapes = dict[str, tuple[int, ...]]
 

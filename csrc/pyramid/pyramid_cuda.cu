@@ -78,7 +78,7 @@ constexpr int IN_CHANNELS = 16;  // in shared memory at a time
 constexpr int UP_WIDTH = TILE_WIDTH + 2, UP_PIXELS = UP_WIDTH * (TILE_HEIGHT + 2);
 
 // Block x: tile of the image, y: group of output channels, z: image.
-__global__ void __launch_bounds__(THREADS) accumulate_kernel(Accumulate p, int tiles_across) {
+__global__ void __launch_bounds__(THREADS, 6) accumulate_kernel(Accumulate p, int tiles_across) {
   SharedArena arena;
   Shared<float> up = arena.take<float>(IN_CHANNELS * UP_PIXELS);
   Shared<float> filter = arena.take<float>(IN_CHANNELS * 9 * OUT_CHANNELS);

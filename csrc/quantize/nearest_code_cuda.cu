@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_tile(Shared<float> tile, const T* rows, int
 }
 
 template <typename TX, typename TC, int WIDTH>
-__global__ void __launch_bounds__(THREADS) nearest_code_kernel(NearestCodeGpu p, int64_t codes_per_part) {
+__global__ void __launch_bounds__(THREADS, 4) nearest_code_kernel(NearestCodeGpu p, int64_t codes_per_part) {
   SharedArena arena;
   Shared<float> x = arena.take<float>(DEPTH * ROWS);
   Shared<float> codes = arena.take<float>(DEPTH * CODES);

@@ -18,7 +18,7 @@ from arimg.tokenizers import VQVAE
 from arimg.train import loop
 from arimg.train.loop import RunConfig, fit
 from arimg.train.tokenizer import TokenizerSettings, TokenizerTask
-from arimg.train.var import VarSettings, VarTask, class_weights, tokenize
+from arimg.train.var import VarSettings, VarTask, cached_tokens, class_weights
 
 
 def add_commands(commands: Any) -> None:
@@ -194,7 +194,8 @@ def run_var(args: argparse.Namespace) -> None:
     model = VAR(tokenizer, len(images.classes), args.depth, args.width, args.heads, shared_adaln=True)
     bundle = models.Bundle(tokenizer, model, images.classes, args.sampling)
     shown = torch.tensor([bundle.label(name) for name in args.show for _ in range(8)]) if args.show else None
-    tokens = tokenize(tokenizer, train, settings.copies, settings.shift, settings.seed)
+    with loop.first_process_first():
+        tokens = cached_tokens(args.out / "tokens.pt", tokenizer, train, settings)
     weights = class_weights(tokens.labels, images.classes, dict(args.weight))
     ema = fit(VarTask(model, tokens, settings, weights, shown), _run_config(args), _recorded(args))
     assert isinstance(ema, VAR)

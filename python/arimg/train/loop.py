@@ -13,7 +13,8 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,6 +118,17 @@ def start_processes() -> tuple[int, int]:
 def is_first_process() -> bool:
     """True in the process that writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process runs the block before the others do, who find what it left on disk."""
+    rank, processes = start_processes()
+    if processes > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if processes > 1 and rank == 0:
+        dist.barrier()
 
 
 def descend(optimizers: Iterable[torch.optim.Optimizer], clip: float = 1.0) -> None:

@@ -22,6 +22,12 @@ def gradient_loss(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
     return total / levels
 
 
+def chroma_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute error of red - green and blue - green: a small tokenizer else learns hues last."""
+    d = a - b
+    return (d[:, 0] - d[:, 1]).abs().mean() + (d[:, 2] - d[:, 1]).abs().mean()
+
+
 class FeatureLoss(nn.Module):
     """Distance of channel-normalised maps of a frozen network's first stages (LPIPS without its weights)."""
 

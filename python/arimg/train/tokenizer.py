@@ -14,7 +14,13 @@ from arimg.reference.pyramid import residual_map
 from arimg.tokenizers import VQVAE
 from arimg.train.grid import make_grid
 from arimg.train.loop import descend
-from arimg.train.losses import FeatureLoss, PatchDiscriminator, discriminator_loss, gradient_loss
+from arimg.train.losses import (
+    FeatureLoss,
+    PatchDiscriminator,
+    chroma_loss,
+    discriminator_loss,
+    gradient_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class TokenizerSettings:
     l1: float = 1.0
     l2: float = 1.0
     gradient: float = 1.0
+    chroma: float = 0.5
     feature: float = 0.0
     vq: float = 1.0
     adversarial: float = 0.0
@@ -108,6 +115,7 @@ class TokenizerTask:
             "l1": s.l1 * (fake - real).abs().mean(),
             "l2": s.l2 * (fake - real).square().mean(),
             "grad": s.gradient * gradient_loss(fake, real),
+            "chroma": s.chroma * chroma_loss(fake, real),
             "vq": s.vq * vq,
         }
         if self.feature is not None:

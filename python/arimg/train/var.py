@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,27 @@ def tokenize(tokenizer: VQVAE, images: Images, copies: int = 1, shift: int = 0, 
             rows.append(torch.cat(tokenizer.encode(pixels), dim=1))
     sizes = tuple(h * w for h, w in tokenizer.scales)
     return Tokens(torch.cat(rows), torch.from_numpy(images.labels).repeat(copies), sizes)
+
+
+def cached_tokens(path: Path, tokenizer: VQVAE, images: Images, settings: VarSettings) -> Tokens:
+    """`tokenize`, kept in a file for runs that continue; done anew where codes, images or settings differ."""
+    digest = hashlib.sha256(repr((images.names, settings.copies, settings.shift, settings.seed)).encode())
+    digest.update(images.pixels.tobytes())
+    for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
+        for tensor in part.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+    key = digest.hexdigest()
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        if saved["key"] == key:
+            return Tokens(saved["indices"].long(), saved["labels"], tuple(saved["sizes"]))
+    tokens = tokenize(tokenizer, images, settings.copies, settings.shift, settings.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"key": key, "indices": tokens.indices.to(torch.int32), "labels": tokens.labels}
+    partial = path.with_suffix(".part")
+    torch.save({**content, "sizes": list(tokens.sizes)}, partial)
+    partial.replace(path)
+    return tokens
 
 
 def class_weights(labels: Tensor, classes: tuple[str, ...], factors: Mapping[str, float]) -> Tensor | None:
