@@ -39,6 +39,7 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   };
   require(q.dim() == 4 && like_q(q) && like_q(k) && like_q(v) && k.size(2) == v.size(2),
           "arimg: expected q, k, v [B, H, L, D] of one dtype with contiguous channels");
+  require(q.size(3) % 8 == 0, "arimg: expected a head dim that is a multiple of 8");
   Attention p{};
   p.dtype = dtype_of(q);
   p.q = q.const_data_ptr();
