@@ -7,7 +7,9 @@ A test that takes `backend` runs once per backend: `cpu-<level>` for each SIMD l
 
 from __future__ import annotations
 
+import ctypes
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -50,12 +52,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
             if os.environ.get("ARIMG_REQUIRE_EMULATOR") == "1":
                 raise
             pytest.skip(f"no emulated kernels: {error}")
+        _shuffle_threads(request.node.name)
         with _library.emulated_cuda(), GuardInputs("arimg_emulated"):
             yield Backend(name, "cpu")
     else:
         if not (torch.cuda.is_available() and _library.cuda_usable()):
             pytest.skip("no GPU, or a build without CUDA operators")
         yield Backend(name, "cuda")
+
+
+def _shuffle_threads(test: str) -> None:
+    # Each test sees the threads in another order, always the same one, unless the environment asks for one.
+    if "ARIMG_EMULATOR_SEED" not in os.environ:
+        emulator = ctypes.CDLL(str(_library.library_dir() / "_emulated.so"))
+        emulator.arimg_emulator_set_seed(ctypes.c_uint64(zlib.crc32(test.encode())))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from guarded import GuardInputs, guarded
 
 ROOT = Path(__file__).parents[1]

@@ -358,7 +358,7 @@ Status run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void 
   engine.kernel = kernel;
   engine.body = body;
   engine.context = context;
-  engine.random_state = engine.seed * 0x9E3779B97F4A7C15u + 0x1234567;
+  engine.random_state = (engine.seed * 0x9E3779B97F4A7C15u + 0x1234567) | 1;
   engine.shared_storage.resize(max_shared_bytes + 256);
   engine.shared = reinterpret_cast<unsigned char*>(
       (reinterpret_cast<uintptr_t>(engine.shared_storage.data()) + 127) & ~uintptr_t(127));
