@@ -2,6 +2,7 @@
 // zeros to whole panels): resampling is then plain vector arithmetic, and the convolution a product of pixels
 // and a packed filter.
 #include "core/gemm_tile.h"
+#include "core/transpose.h"
 #include "pyramid/contract.h"
 #include "pyramid/resample.h"
 
@@ -36,6 +37,8 @@ static void load_lanes(View<T> from, float* to, int64_t lanes) {
       for (; c + W <= from.channels; c += W) F32::load(pixel + c).store(to + p * lanes + c);
       for (; c < from.channels; ++c) to[p * lanes + c] = to_float(pixel[c]);
     }
+  } else if (from.pixel == 1) {
+    transposed_copy(from.data, from.channel, from.channels, from.pixels, to, lanes);
   } else {
     for (int64_t c = 0; c < from.channels; ++c)
       for (int64_t p = 0; p < from.pixels; ++p)
@@ -62,11 +65,23 @@ static void store_lanes(const float* from, int64_t lanes, View<T> to) {
       for (; c < to.channels; ++c) pixel[c] = from_float<T>(combine<HOW>(to_float(pixel[c]), value[c]));
     }
   } else {
-    for (int64_t c = 0; c < to.channels; ++c)
-      for (int64_t p = 0; p < to.pixels; ++p) {
-        T* place = to.data + c * to.channel + p * to.pixel;
-        *place = from_float<T>(combine<HOW>(to_float(*place), from[p * lanes + c]));
+    auto square = [&](int64_t p, int64_t c) {
+      F32 block[W];
+      for (int i = 0; i < W; ++i) block[i] = F32::load(from + (p + i) * lanes + c);
+      transpose(block);
+      for (int i = 0; i < W; ++i) {
+        T* place = to.data + (c + i) * to.channel + p;
+        combine<HOW>(F32::load(place), block[i]).store(place);
       }
+    };
+    auto single = [&](int64_t p, int64_t c) {
+      T* place = to.data + c * to.channel + p * to.pixel;
+      *place = from_float<T>(combine<HOW>(to_float(*place), from[p * lanes + c]));
+    };
+    if (to.pixel == 1)
+      for_squares(to.pixels, to.channels, square, single);
+    else
+      for (int64_t i = 0; i < to.pixels * to.channels; ++i) single(i / to.channels, i % to.channels);
   }
 }
 

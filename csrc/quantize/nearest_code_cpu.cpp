@@ -5,6 +5,7 @@
 // blocks each lane remembers the block it came from; the winning block of a row is scored once more to find
 // the index. That is about D + 1 vector instructions per W scores, where tracking indices would take D + 3.
 #include "core/gemm_tile.h"
+#include "core/transpose.h"
 #include "quantize/contract.h"
 
 namespace arimg {
@@ -33,23 +34,23 @@ static void pack_panel(const Codebook& book, int64_t panel, float* out) {
   int lanes = int(at_most(book.count - first, PANEL));
   const T* codes = (const T*)book.codes + first * D;
   float* values = out + PANEL;
-  for (int lane = 0; lane < lanes; ++lane)
-    for (int64_t d = 0; d < D; ++d) values[d * PANEL + lane] = -to_float(codes[lane * D + d]);
+  transposed_copy(codes, D, lanes, D, values, PANEL);
   for (int lane = lanes; lane < PANEL; ++lane)
     for (int64_t d = 0; d < D; ++d) values[d * PANEL + lane] = 0.f;
   for (int half = 0; half < PANEL; half += W) {
-    F32 squares(0.f);
+    F32 squares(0.f), length(1.f);
     for (int64_t d = 0; d < D; ++d) {
       F32 c = F32::load(values + d * PANEL + half);
       squares = mul_add(c, c, squares);
     }
     if (book.metric == Metric::cosine) {
-      F32 length = sqrt(squares);
+      length = sqrt(squares);
       length = select(length < F32(1e-12f), F32(1e-12f), length);  // keeps a NaN
-      for (int64_t d = 0; d < D; ++d) {
-        float* c = values + d * PANEL + half;
-        (F32::load(c) / length).store(c);
-      }
+    }
+    for (int64_t d = 0; d < D; ++d) {
+      float* c = values + d * PANEL + half;
+      F32 negated = F32(-1.f) * F32::load(c);
+      (book.metric == Metric::cosine ? negated / length : negated).store(c);
     }
     (book.metric == Metric::l2 ? F32(0.5f) * squares : F32(0.f)).store(out + half);
   }
