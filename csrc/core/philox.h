@@ -28,13 +28,26 @@ static ARIMG_HD Philox4 philox(uint64_t seed, uint64_t position, uint32_t draw) 
   return Philox4{{c0, c1, c2, c3}};
 }
 
-// Uniform in (0, 1), a multiple of 2^-25, never 0 or 1.
+// Uniform in (0, 1), never 0 or 1: ((word >> 8) + 1/2) * 2^-24, rounded to nearest but not up to 1.
 static ARIMG_HD float uniform_from_bits(uint32_t word) {
-  return (float(word >> 8) + 0.5f) * 0x1p-24f;
+  float u = (float(word >> 8) + 0.5f) * 0x1p-24f;
+  return u < 1.f ? u : 1.f - 0x1p-24f;
 }
 
 static ARIMG_HD float philox_uniform(uint64_t seed, uint64_t position, uint32_t draw) {
   return uniform_from_bits(philox(seed, position, draw).word[0]);
+}
+
+// floor(u * total) with u = (word 0 * 2^32 + word 1) / 2^64: an integer below total, equally likely but for
+// a bias below total / 2^64.
+static ARIMG_HD uint64_t draw_below(uint64_t total, uint64_t seed, uint64_t position, uint32_t draw) {
+  Philox4 x = philox(seed, position, draw);
+  uint64_t u = uint64_t(x.word[0]) << 32 | x.word[1];
+#if defined(__CUDA_ARCH__)
+  return __umul64hi(u, total);
+#else
+  return uint64_t((unsigned __int128)(u)*total >> 64);
+#endif
 }
 
 }  // namespace arimg

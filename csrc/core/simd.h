@@ -202,6 +202,14 @@ ARIMG_INLINE F32 min(F32 a, F32 b) {
   return a.v < b.v ? a.v : b.v;
 }
 
+// Under the names of core/math.h.
+ARIMG_INLINE F32 multiply(F32 a, F32 b) {
+  return a * b;
+}
+ARIMG_INLINE F32 larger(F32 a, F32 b) {
+  return max(a, b);
+}
+
 // a * b + c, rounded once, on every level.
 ARIMG_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
@@ -259,6 +267,106 @@ ARIMG_INLINE I32 bits(F32 a) {
 ARIMG_INLINE F32 float_from_bits(I32 a) {
   return (FloatVec)a.v;
 }
+
+// The sum of the lanes as unsigned numbers, in 64 bits.
+struct WideSum {
+  typedef uint64_t LongVec __attribute__((vector_size(W * 4)));
+  LongVec low{}, high{};
+  ARIMG_INLINE void add(I32 x) {
+    LongVec pairs = (LongVec)x.v;
+    low += pairs & 0xffffffffu;
+    high += pairs >> 32;
+  }
+  ARIMG_INLINE uint64_t total() const {
+    LongVec sum = low + high;
+    uint64_t r = 0;
+    for (int i = 0; i < W / 2; ++i) r += sum[i];
+    return r;
+  }
+};
+
+ARIMG_INLINE int reduce_add(I32 a) {
+  int r = 0;
+  for (int i = 0; i < W; ++i) r += a.v[i];
+  return r;
+}
+
+// Bit i is lane i.
+ARIMG_INLINE uint32_t lane_bits(Mask m) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)m.m);
+#elif ARIMG_WIDTH == 8
+  return uint32_t(_mm256_movemask_ps((__m256)m.m));
+#else
+  uint32_t r = 0;
+  for (int i = 0; i < W; ++i) r |= uint32_t(m.m[i] & 1) << i;
+  return r;
+#endif
+}
+
+#if ARIMG_WIDTH == 8
+// For each mask the lanes it chooses, a byte each.
+struct LaneOrders {
+  uint64_t of[256];
+  constexpr LaneOrders() : of{} {
+    for (int bits = 0; bits < 256; ++bits) {
+      int place = 0;
+      for (int lane = 0; lane < 8; ++lane)
+        if (bits >> lane & 1) of[bits] |= uint64_t(lane) << (8 * place++);
+    }
+  }
+};
+static constexpr LaneOrders lane_orders{};
+#endif
+
+// Moves chosen lanes to the front, in order: Compress c(mask); c(x).store(p); p += c.count. Lanes from count
+// on are undefined.
+class Compress {
+ public:
+  int count;
+#if defined(__AVX512F__)
+  ARIMG_INLINE explicit Compress(Mask m) : bits_(__mmask16(lane_bits(m))) {
+    count = __builtin_popcount(bits_);
+  }
+  ARIMG_INLINE I32 operator()(I32 x) const {
+    return (IntVec)_mm512_maskz_compress_epi32(bits_, (__m512i)x.v);
+  }
+
+ private:
+  __mmask16 bits_;
+#elif ARIMG_WIDTH == 8
+  ARIMG_INLINE explicit Compress(Mask m) {
+    uint32_t bits = lane_bits(m);
+    count = __builtin_popcount(bits);
+    uint64_t table = lane_orders.of[bits];
+    order_ = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)table));
+  }
+  ARIMG_INLINE I32 operator()(I32 x) const {
+    return (IntVec)_mm256_permutevar8x32_epi32((__m256i)x.v, order_);
+  }
+
+ private:
+  __m256i order_;
+#else
+  ARIMG_INLINE explicit Compress(Mask m) : bits_(lane_bits(m)) { count = __builtin_popcount(bits_); }
+  ARIMG_INLINE I32 operator()(I32 x) const {
+    int32_t from[W], to[W] = {};
+    x.store(from);
+    int place = 0;
+    for (int lane = 0; lane < W; ++lane) {
+      to[place] = from[lane];
+      place += bits_ >> lane & 1;
+      if (place == W) break;
+    }
+    return I32::load(to);
+  }
+
+ private:
+  uint32_t bits_;
+#endif
+ public:
+  ARIMG_INLINE F32 operator()(F32 x) const { return (FloatVec)(*this)(bits(x)).v; }
+};
 
 // Reductions by halving: the order depends on W alone, never on the data.
 ARIMG_INLINE float reduce_add(F32 a) {
