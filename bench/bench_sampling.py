@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from arimg import ops
 
 # name: rows, vocabulary, filters

@@ -22,23 +22,25 @@ const T* values(const std::optional<Tensor>& t, const Tensor& like, ScalarType d
   return static_cast<const T*>(t->const_data_ptr());
 }
 
-// logits [N, V] with contiguous rows; rows_per_seed divides the number of output rows.
+// logits [entries, tokens, V] with contiguous rows at one stride, entries doubled by guidance.
 Tensor sample_op(const Tensor& logits, const std::optional<Tensor>& seeds, int64_t first_seed,
-                 const std::optional<Tensor>& offset, int64_t position, int64_t rows_per_seed,
-                 double temperature, int64_t top_k, double top_p, double min_p,
-                 std::optional<double> guidance, const std::optional<Tensor>& guidances) {
+                 const std::optional<Tensor>& offset, int64_t position, double temperature, int64_t top_k,
+                 double top_p, double min_p, std::optional<double> guidance,
+                 const std::optional<Tensor>& guidances) {
   Sample p{};
   p.guided = guidance.has_value() || guidances.has_value();
-  require(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) == 1) && rows_per_seed > 0 &&
-              logits.size(0) % (rows_per_seed * (p.guided ? 2 : 1)) == 0,
-          "arimg: expected logits [N, V] with contiguous rows, N a multiple of the rows per seed");
+  const int64_t halves = p.guided ? 2 : 1;
+  require(logits.dim() == 3 && logits.size(0) % halves == 0 && (logits.stride(2) == 1 || logits.size(2) == 1),
+          "arimg: expected logits [entries, tokens, V] with contiguous rows");
+  const int64_t entries = logits.size(0) / halves, tokens = logits.size(1);
+  require(entries * halves <= 1 || tokens <= 1 || logits.stride(0) == tokens * logits.stride(1),
+          "arimg: expected logits whose rows lie at one stride");
   p.dtype = dtype_of(logits);
   p.logits = logits.const_data_ptr();
-  p.row_stride = logits.stride(0);
-  p.rows = logits.size(0) / (p.guided ? 2 : 1);
-  p.vocabulary = logits.size(1);
-  p.rows_per_seed = rows_per_seed;
-  const int64_t entries = p.rows / rows_per_seed;
+  p.row_stride = tokens == 1 ? logits.stride(0) : logits.stride(1);
+  p.rows = entries * tokens;
+  p.vocabulary = logits.size(2);
+  p.rows_per_seed = tokens;
   p.seeds =
       values<int64_t>(seeds, logits, ScalarType::Long, entries, "arimg: expected int64 seeds, one per row");
   p.first_seed = uint64_t(first_seed);
@@ -51,7 +53,7 @@ Tensor sample_op(const Tensor& logits, const std::optional<Tensor>& seeds, int64
   p.top_k = top_k;
   p.dropped = top_p < 1.0 ? 1.0 - top_p : 0.0;
   p.min_weight = int32_t(__builtin_ceil(min_p * double(1 << 30)));
-  Tensor out = empty(logits, std::initializer_list<int64_t>{p.rows}, ScalarType::Long);
+  Tensor out = empty(logits, std::initializer_list<int64_t>{entries, tokens}, ScalarType::Long);
   p.out = static_cast<int64_t*>(out.mutable_data_ptr());
   if (p.rows == 0) return out;
   require(p.vocabulary >= 1 && p.vocabulary <= max_vocabulary, "arimg: expected 1 to 2^24 logits per row");
@@ -107,7 +109,7 @@ Tensor exp_weights_op(const Tensor& d) {
 
 ARIMG_OPS_SCHEMAS(m) {
   m.def(
-      "sample(Tensor logits, Tensor? seeds, int first_seed, Tensor? offset, int position, int rows_per_seed, "
+      "sample(Tensor logits, Tensor? seeds, int first_seed, Tensor? offset, int position, "
       "float temperature, int top_k, float top_p, float min_p, float? guidance, Tensor? guidances) -> "
       "Tensor");
   m.def("philox_uniform(Tensor seeds, int position, int n, int draw) -> Tensor");

@@ -121,12 +121,12 @@ struct Cut {
 // For at most a few dozen entries: from the largest down, one value at a time.
 template <bool weighted>
 static Cut walk_down(const List& list, uint64_t budget, uint64_t passed) {
-  float x = infinity;
+  float x = __builtin_nanf("");  // the value before; nothing is >= NaN
   for (;;) {
     float next = -infinity;
     uint64_t mass = 0;
     for (int64_t i = 0; i < list.count; ++i) {
-      if (!(list.x[i] < x) || list.x[i] < next) continue;
+      if (list.x[i] >= x || list.x[i] < next) continue;
       if (list.x[i] > next) mass = 0;
       next = list.x[i];
       mass += weighted ? uint32_t(list.weight[i]) : 1;

@@ -64,6 +64,8 @@ def sample(
     _check_integers("position", position, 1, logits)
 
     ops = kernels(logits.detach())  # a draw has no gradient
+    if shape.numel() == 0:
+        return torch.empty(shape, dtype=torch.int64, device=logits.device)
     if ops is None:
         return reference.sample(
             logits.detach(),
@@ -75,17 +77,16 @@ def sample(
             min_p=min_p,
             guidance=guidance,
         )
+    # Rows at one stride, so that logits[:, -1] needs no copy; then [leading, tokens, V].
     flat = logits.detach().reshape(-1, logits.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    tokens = math.prod(shape[1:])
     return ops.sample(
-        flat,
+        flat.unflatten(0, (rows * (1 if guidance is None else 2), math.prod(shape[1:]))),
         seed.contiguous() if isinstance(seed, Tensor) else None,
         0 if isinstance(seed, Tensor) else wrap_int64(seed),
         position if isinstance(position, Tensor) else None,
         0 if isinstance(position, Tensor) else wrap_int64(position),
-        max(tokens, 1),
         temperature,
         top_k,
         top_p,
@@ -96,7 +97,7 @@ def sample(
 
 
 def philox_uniform(seed: int | Tensor, position: int, n: int, *, draw: int = 0) -> Tensor:
-    """Uniform numbers of a counter: float32 [R, n] in (0, 1), one row per seed (an int is one row, on the CPU).
+    """Uniform numbers of a counter: float32 [R, n] in (0, 1), one row per seed (an int: one row, on the CPU).
 
     Number j of a row depends on (seed, position + j, draw) alone, draw in [0, 2^32). Philox4x32-10; see
     docs/random-numbers.md.
@@ -148,7 +149,6 @@ def _sample_fake(
     first_seed: int,
     offset: Tensor | None,
     position: int,
-    rows_per_seed: int,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -158,7 +158,7 @@ def _sample_fake(
 ) -> Tensor:
     guided = guidance is not None or guidances is not None
     rows = logits.shape[0] // 2 if guided else logits.shape[0]
-    return logits.new_empty(rows, dtype=torch.int64)
+    return logits.new_empty((rows, logits.shape[1]), dtype=torch.int64)
 
 
 @fake("philox_uniform")

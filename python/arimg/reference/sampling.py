@@ -1,8 +1,8 @@
 """Seeded sampling in plain torch: the oracle of `arimg.ops.sampling`, equal to the kernels to the last bit.
 
 Probabilities are integers, so that no result depends on the order of a summation: the weight of a token is
-round(exp(l - l_max) * 2^30) with one exp for all backends, cumulative sums are exact, and a draw is an integer
-comparison.
+round(exp(l - l_max) * 2^30) with one exp for all backends, cumulative sums are exact, and a draw is an
+integer comparison.
 """
 
 import torch
@@ -12,14 +12,12 @@ _MASK = 0xFFFFFFFF
 _ONE = 2**30  # the weight of the most likely token
 
 
-# --- arithmetic: every operation rounds once, as csrc/core/math.h does ---------------------------------------
-
-
+# --- arithmetic: every operation rounds once, as csrc/core/math.h does -----------------------------
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """a b + c rounded once to float32, for float32 values.
 
-    The product is exact in float64. Its sum with c is rounded to odd (the neighbour whose last bit is 1 stands
-    for an inexact sum), after which rounding to float32 is the rounding of the exact value.
+    The product is exact in float64. Its sum with c is rounded to odd (the neighbour whose last
+    bit is 1), after which rounding to float32 is the rounding of the exact value.
     """
     product = a.double() * b
     addend = torch.as_tensor(c, dtype=torch.float64, device=a.device)
@@ -45,7 +43,7 @@ def exp_weight(d: Tensor) -> Tensor:
 
 
 def _values(logits: Tensor, temperature: float = 1.0, guidance: float | Tensor | None = None) -> Tensor:
-    """x of the definition: logits [N, V], or with guidance (a number or float32 [N / 2]) the two halves mixed."""
+    """x of the definition: logits [N, V], or guidance (a number or float32 [N / 2]) the halves mixed."""
     x = logits.float()
     if guidance is not None:
         cond, uncond = x.chunk(2)
@@ -56,9 +54,7 @@ def _values(logits: Tensor, temperature: float = 1.0, guidance: float | Tensor |
     return torch.where(x.isnan(), -torch.inf, x + 0.0)  # -0 becomes +0
 
 
-# --- random numbers -------------------------------------------------------------------------------------------
-
-
+# --- random numbers --------------------------------------------------------------------------------
 def _philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., 2011): the four words; int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
@@ -116,9 +112,7 @@ def _below(total: Tensor, high: Tensor, low: Tensor) -> Tensor:
     return (a * high + (b * high + lowest >> 24)) >> 8
 
 
-# --- filters ----------------------------------------------------------------------------------------------------
-
-
+# --- filters ---------------------------------------------------------------------------------------
 def token_weights(
     logits: Tensor,
     *,
@@ -128,11 +122,11 @@ def token_weights(
     min_p: float = 0.0,
     guidance: float | Tensor | None = None,
 ) -> Tensor:
-    """Integer weights after the filters, in the order of `sample`: logits [N, V] -> int64 [N, V] (with guidance
-    [N / 2, V]); 2^30 = the largest.
+    """Integer weights after the filters, in the order of `sample`: logits [N, V] -> int64 [N, V] (with
+    guidance [N / 2, V]); 2^30 = the largest.
 
-    A NaN never gets a weight; +inf takes it all (several share it equally); a row without any value above -inf
-    gives all to index 0.
+    A NaN never gets a weight; +inf takes it all (several share it equally); a row without any value above
+    -inf gives all to index 0.
     """
     x = _values(logits, temperature, guidance)
     vocabulary = x.shape[-1]
