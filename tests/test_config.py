@@ -46,6 +46,16 @@ def test_a_broken_library_gives_the_loaders_own_words(tmp_path):
     assert "NOT LOADED" in done.stdout and ("invalid ELF header" in done.stdout or "too short" in done.stdout)
 
 
+def test_a_library_older_than_the_code_is_said():
+    from arimg.ops._common import fake
+
+    with pytest.raises(
+        ImportError, match=r"older than this Python code .* arimg::not_an_operator\): build again"
+    ):
+        fake("not_an_operator")(lambda x: x)
+    _library._hooks.pop()
+
+
 def test_an_old_torch_is_named(monkeypatch):
     monkeypatch.setattr(_library.torch, "__version__", "2.9.1+cpu")
     with pytest.raises(OSError, match=r"need torch >= 2.10 .* got torch 2.9.1"):

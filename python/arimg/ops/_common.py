@@ -51,7 +51,16 @@ def fake(name: str) -> Callable[[Fake], Fake]:
     """Registers the decorated shape function as an operator's fake, in the real and the emulated library."""
 
     def register(function: Fake) -> Fake:
-        _library.on_load(lambda namespace: torch.library.register_fake(f"{namespace}::{name}", function))
+        def attach(namespace: str) -> None:
+            try:
+                torch.library.register_fake(f"{namespace}::{name}", function)
+            except RuntimeError as error:
+                raise ImportError(
+                    f"the compiled library in {_library.library_dir()} is older than this Python code (it has no "
+                    f"operator {namespace}::{name}): build again"
+                ) from error
+
+        _library.on_load(attach)
         return function
 
     return register
