@@ -108,6 +108,11 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
         mine.copy_(theirs)
 
 
+def bfloat16(enabled: bool) -> torch.autocast:
+    """Autocast of matrix products and convolutions to bfloat16, or nothing."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
 def start_processes() -> tuple[int, int]:
     """(rank, number of processes) of this run; joins the group that torchrun describes in the environment."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
