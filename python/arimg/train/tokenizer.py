@@ -68,6 +68,21 @@ def scale_residuals(tokenizer: VQVAE, images: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+class _Usage(nn.Module):
+    """Which codes were used since the last restart: a module, so that a run continues with it."""
+
+    used: Tensor
+
+    def __init__(self, codes: int) -> None:
+        super().__init__()
+        self.register_buffer("used", torch.zeros(codes, dtype=torch.uint8))
+
+    def add(self, tokens: list[Tensor]) -> None:
+        self.used[torch.cat([index.flatten() for index in tokens])] = 1
+        if dist.is_initialized():
+            dist.all_reduce(self.used, dist.ReduceOp.MAX)
+
+
 class TokenizerTask:
     """Reconstruction (L1, L2, multi-scale gradients, features), VQ and optional patch-adversarial losses."""
 
@@ -89,7 +104,7 @@ class TokenizerTask:
             self.optimizers["critic"] = torch.optim.Adam(
                 self.modules["critic"].parameters(), settings.lr, (0.5, 0.9)
             )
-        self._used = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+        self.modules["usage"] = _Usage(tokenizer.vocab_size)
         self.shown = images.batch(torch.linspace(0, len(images) - 1, min(24, len(images))).long().numpy())
 
     @property
@@ -97,6 +112,12 @@ class TokenizerTask:
         model = self.modules["model"]
         assert isinstance(model, VQVAE)
         return model
+
+    @property
+    def _usage(self) -> _Usage:
+        usage = self.modules["usage"]
+        assert isinstance(usage, _Usage)
+        return usage
 
     def __len__(self) -> int:
         return len(self.images)
@@ -134,8 +155,7 @@ class TokenizerTask:
         if adversarial:
             critic = self.modules["critic"]
             self._descend("critic", discriminator_loss(critic(real), critic(fake.detach())))
-        for index in tokens:
-            self._used[index.flatten()] = True
+        self._usage.add(tokens)
         psnr = -10 * (fake.detach().clamp(0, 1) - real).square().mean((1, 2, 3)).log10().mean()
         return {
             "loss": float(loss.detach()),
@@ -151,12 +171,8 @@ class TokenizerTask:
     @torch.no_grad()
     def _restart(self, images: Tensor) -> None:
         """Moves codes unused since the last call (all of them on the first) onto residuals of this batch."""
-        if dist.is_initialized():
-            used = self._used.to(torch.uint8)
-            dist.all_reduce(used, dist.ReduceOp.MAX)
-            self._used = used.bool()
-        dead = (~self._used).nonzero().flatten()
-        self._used.zero_()
+        dead = (self._usage.used == 0).nonzero().flatten()
+        self._usage.used.zero_()
         if not len(dead):
             return
         rows = scale_residuals(self.tokenizer, images)
