@@ -137,6 +137,8 @@ def test_compiles_without_graph_breaks_and_without_recompiling():
 
 def test_cache_appends_truncates_and_refuses_too_much():
     cache = KVCache(2, 3, 7, 16)
+    for memory in (cache.k, cache.v):
+        memory.zero_()  # new memory may hold NaN, which equals nothing
     qkv, _, _, q_scale = make(2, 4, 3, 16)
     cache.append(qkv, q_scale, l2_norm=True)
     assert cache.length == 4 and cache.capacity == 7 and cache.nbytes == 2 * 2 * 3 * 7 * 16 * 4
