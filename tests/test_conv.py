@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg.nn import conv as conv_module
-from arimg.nn.conv import Conv3x3, norm_silu_conv
+from arimg.nn.conv import Conv3x3, norm_silu_conv, upsample_conv
 from arimg.nn.linear import linear
 
 
@@ -29,9 +29,9 @@ def direct(norm: nn.GroupNorm, conv: Conv3x3, x: Tensor, residual: Tensor) -> Te
 
 
 def assert_close(out: Tensor, exact: Tensor, conv: Conv3x3, x: Tensor) -> None:
-    """F(4x4, 3x3) rounds values that its transforms have enlarged by up to 8 in each direction: the bound is 8 * 8
-    units of roundoff of the sum of magnitudes. (The error of torch's own convolution, which is another one on
-    each machine, is no measure.)
+    """F(4x4, 3x3) rounds values that its transforms have enlarged by up to 8 in each direction: the bound is
+    8 * 8 units of roundoff of the sum of magnitudes. (The error of torch's own convolution, which is another
+    one on each machine, is no measure.)
     """
     magnitude = F.conv2d(x.abs(), conv.weight.to(x).abs(), padding=1)
     assert (out - exact).abs().max() < 64 * 2.0**-24 * magnitude.max()
@@ -48,6 +48,17 @@ def test_winograd_is_the_convolution(c_in: int, c_out: int, h: int, w: int) -> N
         assert_close(norm_silu_conv(norm, conv, x, residual), exact, conv, activated(norm, x.double()))
         bare = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
         assert_close(conv(x), bare, conv, x.double())
+
+
+def test_upsampling_is_part_of_the_convolution() -> None:
+    _, conv, x, _ = case(32, 40, 36, 58, batch=2)
+    with torch.no_grad():
+        assert conv._suits(x, scale=2) and not conv._suits(x)
+        larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        assert torch.equal(upsample_conv(conv, x), conv(larger))
+        small = x[:, :, :4, :4]
+        assert not conv._suits(small, scale=2)
+        assert torch.equal(upsample_conv(conv, small), conv(F.interpolate(small, scale_factor=2.0)))
 
 
 def test_each_image_is_worked_alone() -> None:

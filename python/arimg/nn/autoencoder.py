@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arimg.nn.conv import Conv3x3, norm_silu_conv
+from arimg.nn.conv import Conv3x3, norm_silu_conv, upsample_conv
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -72,7 +72,7 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels, fast=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return upsample_conv(self.conv, x)
 
 
 class Level(nn.Module):

@@ -46,8 +46,8 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return _winograd(self, x, None, None) if self._suits(x) else super().forward(x)
 
-    def _suits(self, x: Tensor) -> bool:
-        h, w = x.shape[-2:]
+    def _suits(self, x: Tensor, scale: int = 1) -> bool:
+        h, w = x.shape[-2] * scale, x.shape[-1] * scale
         return (
             self.fast
             and x.device.type == "cpu"
@@ -75,10 +75,19 @@ def norm_silu_conv(norm: nn.GroupNorm, conv: Conv3x3, x: Tensor, residual: Tenso
     return out if residual is None else out + residual
 
 
-def _winograd(conv: Conv3x3, x: Tensor, norm: nn.GroupNorm | None, residual: Tensor | None) -> Tensor:
+def upsample_conv(conv: Conv3x3, x: Tensor) -> Tensor:
+    """conv(x at twice the size by nearest neighbour): [B, C, H, W] -> [B, N, 2H, 2W]."""
+    if conv._suits(x, scale=2):  # no tensor of the larger size is written but the result
+        return _winograd(conv, x, None, None, scale=2)
+    return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _winograd(
+    conv: Conv3x3, x: Tensor, norm: nn.GroupNorm | None, residual: Tensor | None, scale: int = 1
+) -> Tensor:
     x = x.permute(0, 2, 3, 1).contiguous()
     batch, h, w, _ = x.shape
-    out = x.new_empty(batch, h, w, conv.out_channels)
+    out = x.new_empty(batch, h * scale, w * scale, conv.out_channels)
     if residual is not None:
         residual = residual.permute(0, 2, 3, 1)
     filters = conv.transformed()
@@ -110,8 +119,9 @@ def _convolve(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    """One image: x [H, W, C], filters [36, C, N], residual and out [H, W, N]."""
-    (h, w, c), n = x.shape, out.shape[-1]
+    """One image: filters [36, C, N]; residual and out [H, W, N]; x [H, W, C] or a factor smaller."""
+    (h, w, n), c = out.shape, x.shape[-1]
+    scale = h // x.shape[0]
     into, back = (torch.tensor(t) for t in (_INPUT, _OUTPUT))
     into, back = torch.kron(into, into), torch.kron(back, back)
     height = min(h, 4 * max(1, _STRIP_TILES // (w // 4)))
@@ -122,7 +132,8 @@ def _convolve(
         first, last = max(top - 1, 0), min(top + rows + 1, h)
         inner = padded[first - top + 1 : last - top + 1, 1:-1]
         if affine is None:
-            inner.copy_(x[first:last])
+            repeated = x[torch.arange(first, last) // scale] if scale > 1 else x[first:last]
+            inner.unflatten(1, (-1, scale)).copy_(repeated[:, :, None])
         else:
             F.silu(torch.addcmul(affine[1], x[first:last], affine[0], out=inner), inplace=True)
         if last == h:
