@@ -63,14 +63,13 @@ static ARIMG_HD float larger(float a, float b) {
 
 constexpr int32_t weight_one = 1 << 30;  // exp(0) in the units of exp_weight
 
-// round(exp(d) * 2^30) for d <= 0, halves to even; 0 for NaN. Before the rounding the relative error is below
-// 2^-22; exp_weight(0) is 2^30 exactly and nothing below -21.5 has a weight.
+// exp(d) * 2^power for -60 <= d <= 0 and a normal result, with a relative error below 2^-22; exact at d = 0.
 //
 // d = k ln 2 + r with |r| <= ln(2) / 2; exp(r) = 1 + r + r^2 q(r) with q the polynomial of degree 4 that
-// minimises the largest relative error (4e-9, coefficients rounded); then times 2^(k + 30), which is exact.
+// minimises the largest relative error (4e-9, coefficients rounded); then times 2^(k + power), which is
+// exact.
 template <typename F>
-static ARIMG_HD auto exp_weight(F d) {
-  d = larger(d, F(-22.5f));
+static ARIMG_HD F exp_times_power(F d, int power) {
   auto k = round_to_int(multiply(d, F(0x1.715476p+0f)));
   F kf = to_float(k);
   F r = fma(kf, F(-0x1.62ep-1f), d);
@@ -81,7 +80,14 @@ static ARIMG_HD auto exp_weight(F d) {
   q = fma(r, q, F(0x1.fffffcp-2f));
   q = fma(r, q, F(1.f));
   F p = fma(r, q, F(1.f));
-  return round_to_int(multiply(p, float_from_bits((k + (30 + 127)) << 23)));
+  return multiply(p, float_from_bits((k + (power + 127)) << 23));
+}
+
+// round(exp(d) * 2^30) for d <= 0, halves to even; 0 for NaN. exp_weight(0) is 2^30 exactly and nothing below
+// -21.5 has a weight.
+template <typename F>
+static ARIMG_HD auto exp_weight(F d) {
+  return round_to_int(exp_times_power(larger(d, F(-22.5f)), 30));
 }
 
 }  // namespace arimg

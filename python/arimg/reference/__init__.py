@@ -5,6 +5,7 @@ from arimg.reference.block import gated_residual, gated_residual_norm, norm_modu
 from arimg.reference.kv_cache import append_qk_norm_
 from arimg.reference.pyramid import accumulate_, area_down, bicubic_up, encode
 from arimg.reference.quantize import lookup, nearest_code, quantize
+from arimg.reference.quantize_codes import fsq, fsq_codes
 from arimg.reference.sampling import philox_uniform, sample
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "bicubic_up",
     "cached_attention",
     "encode",
+    "fsq",
+    "fsq_codes",
     "gated_residual",
     "gated_residual_norm",
     "lookup",
