@@ -5,13 +5,22 @@ from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.ops.kv_cache import append_qk_norm_
 from arimg.ops.pyramid import accumulate_, area_down, bicubic_up, encode
 from arimg.ops.quantize import lookup, nearest_code, quantize
-from arimg.ops.quantize_codes import fsq, fsq_codes
+from arimg.ops.quantize_codes import (
+    bernoulli_bits,
+    fsq,
+    fsq_codes,
+    pack_bits,
+    sign_codes,
+    unpack_bits,
+    unpack_signs,
+)
 from arimg.ops.sampling import philox_uniform, sample
 
 __all__ = [
     "accumulate_",
     "append_qk_norm_",
     "area_down",
+    "bernoulli_bits",
     "bicubic_up",
     "cached_attention",
     "encode",
@@ -22,8 +31,12 @@ __all__ = [
     "lookup",
     "nearest_code",
     "norm_modulate",
+    "pack_bits",
     "philox_uniform",
     "quantize",
     "row_interval_attention",
     "sample",
+    "sign_codes",
+    "unpack_bits",
+    "unpack_signs",
 ]

@@ -1,4 +1,4 @@
-"""Codes without a codebook: finite scalars (FSQ). See docs/ops/quantize.md."""
+"""Codes without a codebook: finite scalars (FSQ), signs (LFQ, BSQ) and bits. See docs/ops/quantize.md."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arimg import reference
 from arimg.ops._common import FLOATING, expect_floating, fake, kernels
+from arimg.ops.sampling import philox_uniform
+from arimg.reference.sampling import row_seeds
 
-__all__ = ["fsq", "fsq_codes"]
+__all__ = ["bernoulli_bits", "fsq", "fsq_codes", "pack_bits", "sign_codes", "unpack_bits", "unpack_signs"]
 
 MAX_LEVEL = 1000  # beyond, the margin of 1e-3 in the bound would reach the next level
 MAX_CODES = 2**62
+MAX_BITS = 64
 
 
 def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -50,6 +54,118 @@ def fsq_codes(indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = to
     if ops is None:
         return reference.fsq_codes(indices, levels, dtype=dtype)
     return ops.fsq_codes(indices.reshape(-1).contiguous(), levels, dtype).view(*indices.shape, len(levels))
+
+
+def sign_codes(z: Tensor, scale: float | None = None, *, msb_first: bool = True) -> tuple[Tensor, Tensor]:
+    """Binary codes: z [..., d] -> (codes [..., d] of z's dtype, indices int64 [...]), d at most 64.
+
+    A bit is z > 0 (0 and NaN give 0), its code scale or -scale; indices are the bits packed by `pack_bits`.
+    scale None is BSQ: 1 / sqrt(d), with the gradient of z / |z| (straight-through on the sphere).
+    A number is LFQ: the gradient passes to z unchanged.
+    Raises ValueError or TypeError for what does not fit.
+    """
+    expect_floating("z", z)
+    if z.dim() == 0 or not 1 <= z.shape[-1] <= MAX_BITS:
+        raise ValueError(f"expected z [..., d] with d of 1 to {MAX_BITS}, got {list(z.shape)}")
+    ops = kernels(z.detach())
+    if ops is None:
+        return reference.sign_codes(z, scale, msb_first=msb_first)
+    d = z.shape[-1]
+    value = d**-0.5 if scale is None else scale
+    codes, indices = ops.sign_codes(z.detach().reshape(-1, d).contiguous(), value, msb_first)
+    codes = codes.view(z.shape)
+    if torch.is_grad_enabled() and z.requires_grad:
+        codes = _StraightThrough.apply(z if scale is not None else F.normalize(z.float(), dim=-1), codes)
+    return codes, indices.view(z.shape[:-1])
+
+
+def pack_bits(bits: Tensor, *, msb_first: bool = True) -> Tensor:
+    """Bits [..., d] (bool, or uint8 where any value but 0 is a set bit) -> int64 [...], d of 1 to 64.
+
+    msb_first: the first bit is the highest, of value 2^(d - 1) (ELM, vector-quantize-pytorch); otherwise it
+    is the lowest (Open-MAGVIT2). With d = 64 the highest bit is the sign of the int64.
+    """
+    if not isinstance(bits, Tensor):
+        raise TypeError(f"expected bits to be a tensor, got {type(bits).__name__}")
+    if bits.dtype not in (torch.bool, torch.uint8):
+        raise TypeError(f"expected bits of bool or uint8 (for signs: x > 0), got {bits.dtype}")
+    if bits.dim() == 0 or not 1 <= bits.shape[-1] <= MAX_BITS:
+        raise ValueError(f"expected bits [..., d] with d of 1 to {MAX_BITS}, got {list(bits.shape)}")
+    ops = kernels(bits)
+    if ops is None:
+        return reference.pack_bits(bits, msb_first=msb_first)
+    return ops.pack_bits(bits.reshape(-1, bits.shape[-1]).contiguous(), msb_first).view(bits.shape[:-1])
+
+
+def unpack_bits(indices: Tensor, d: int, *, msb_first: bool = True) -> Tensor:
+    """The way back: int64 [...] -> bool [..., d]. Bits above the d lowest are ignored."""
+    return _unpack(indices, d, 0.0, 1.0, msb_first, torch.bool)
+
+
+def unpack_signs(
+    indices: Tensor,
+    d: int,
+    scale: float | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    msb_first: bool = True,
+) -> Tensor:
+    """Codes of `sign_codes` from their indices: int64 [...] -> [..., d], scale or (None) 1 / sqrt(d)."""
+    if dtype not in FLOATING:
+        raise TypeError(f"expected dtype float32, bfloat16 or float16, got {dtype}")
+    value = scale if scale is not None else d**-0.5 if d > 0 else 0.0
+    return _unpack(indices, d, -value, value, msb_first, dtype)
+
+
+def bernoulli_bits(x: Tensor, *, seed: int | Tensor | None = None, position: int = 0) -> Tensor:
+    """Bits of a binary autoencoder: logits x [R, ..., d] -> 0 or 1 [R, ..., d] of x's dtype.
+
+    seed None: sigmoid(x) > 1/2. Otherwise a draw of probability sigmoid(x), taken in float32: bit n of the
+    j-th token of a row is philox_uniform(seed of the row, position + j, draw n) < sigmoid(x); an int s gives
+    row r the seed s + r, an int64 tensor [R] each row its own (docs/random-numbers.md).
+    Straight-through: the gradient is that of sigmoid(x). The quantized vector is `bits @ embedding`.
+    """
+    expect_floating("x", x)
+    if x.dim() < 2 or x.shape[-1] < 1:
+        raise ValueError(f"expected x [R, ..., d], got {list(x.shape)}")
+    p = torch.sigmoid(x.float())
+    if seed is None:
+        bits = p.detach() > 0.5
+    else:
+        seeds = seed if isinstance(seed, Tensor) else row_seeds(seed, x.shape[0], x.device)
+        if seeds.shape != x.shape[:1]:
+            raise ValueError(f"expected seed [{x.shape[0]}], one per row, got {list(seeds.shape)}")
+        tokens = prod(x.shape[1:-1])
+        draws = [philox_uniform(seeds, position, tokens, draw=n) for n in range(x.shape[-1])]
+        bits = torch.stack(draws, -1).view(x.shape) < p.detach()
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _StraightThrough.apply(p, bits.to(x.dtype))
+    return bits.to(x.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The values of `codes`, the gradient of x (of whatever dtype)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return codes.view_as(codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+def _unpack(indices: Tensor, d: int, low: float, high: float, msb_first: bool, dtype: torch.dtype) -> Tensor:
+    _expect_int64("indices", indices)
+    if not 1 <= d <= MAX_BITS:
+        raise ValueError(f"expected d of 1 to {MAX_BITS}, got {d}")
+    ops = kernels(indices)
+    if ops is None:
+        bits = reference.unpack_bits(indices, d, msb_first=msb_first)
+        return bits if dtype == torch.bool else torch.where(bits, high, low).to(dtype)
+    flat = indices.reshape(-1).contiguous()
+    return ops.unpack_bits(flat, d, low, high, msb_first, dtype).view(*indices.shape, d)
 
 
 class _FSQ(torch.autograd.Function):
@@ -99,3 +215,20 @@ def _fsq_backward_fake(grad: Tensor, z: Tensor, levels: list[int]) -> Tensor:
 @fake("fsq_codes")
 def _fsq_codes_fake(index: Tensor, levels: list[int], dtype: torch.dtype) -> Tensor:
     return index.new_empty((index.shape[0], len(levels)), dtype=dtype)
+
+
+@fake("sign_codes")
+def _sign_codes_fake(z: Tensor, scale: float, msb_first: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), z.new_empty(z.shape[0], dtype=torch.int64)
+
+
+@fake("pack_bits")
+def _pack_bits_fake(bits: Tensor, msb_first: bool) -> Tensor:
+    return bits.new_empty(bits.shape[0], dtype=torch.int64)
+
+
+@fake("unpack_bits")
+def _unpack_bits_fake(
+    index: Tensor, bits: int, low: float, high: float, msb_first: bool, dtype: torch.dtype
+) -> Tensor:
+    return index.new_empty((index.shape[0], bits), dtype=dtype)

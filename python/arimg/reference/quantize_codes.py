@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arimg.reference.precision import wide
+from arimg.reference.sampling import philox_uniform, row_seeds
 
 
 def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,65 @@ def fsq_codes(indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = to
         rest = rest.div(level, rounding_mode="floor")
     width = _constants(levels, indices.device)[3]
     return ((torch.stack(digits, -1) - width) / width).float().to(dtype)
+
+
+def sign_codes(z: Tensor, scale: float | None = None, *, msb_first: bool = True) -> tuple[Tensor, Tensor]:
+    """z [..., d] -> (codes [..., d], indices int64 [...]): a bit is z > 0, its code scale or -scale.
+
+    scale None is BSQ: 1 / sqrt(d) and the gradient of z / |z|; a number is LFQ: the gradient of z itself.
+    """
+    bits = z.detach() > 0
+    value = z.shape[-1] ** -0.5 if scale is None else scale
+    codes = torch.where(bits, value, -value).to(z.dtype)
+    if z.requires_grad:
+        x = z if scale is not None else F.normalize(wide(z), dim=-1).to(z.dtype)
+        codes = codes + (x - x.detach())  # adds an exact zero
+    return codes, pack_bits(bits, msb_first=msb_first)
+
+
+def pack_bits(bits: Tensor, *, msb_first: bool = True) -> Tensor:
+    """Bits [..., d] -> int64 [...]; the first bit is the highest of d (msb_first) or the lowest."""
+    return (bits.ne(0).long() << _places(bits.shape[-1], msb_first, bits.device)).sum(-1)
+
+
+def unpack_bits(indices: Tensor, d: int, *, msb_first: bool = True) -> Tensor:
+    """The way back: int64 [...] -> bool [..., d]."""
+    return (indices[..., None] >> _places(d, msb_first, indices.device) & 1).bool()
+
+
+def unpack_signs(
+    indices: Tensor,
+    d: int,
+    scale: float | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    msb_first: bool = True,
+) -> Tensor:
+    """Codes of `sign_codes` from their indices: int64 [...] -> [..., d]."""
+    value = d**-0.5 if scale is None else scale
+    return torch.where(unpack_bits(indices, d, msb_first=msb_first), value, -value).to(dtype)
+
+
+def bernoulli_bits(x: Tensor, *, seed: int | Tensor | None = None, position: int = 0) -> Tensor:
+    """Logits x [R, ..., d] -> bits 0 or 1: sigmoid(x) > 1/2, or with seeds a draw of that probability.
+
+    Bit n of the j-th token of a row is the uniform number of (its seed, position + j, draw n). The gradient
+    is that of sigmoid(x).
+    """
+    p = torch.sigmoid(wide(x))
+    if seed is None:
+        u = torch.full_like(p, 0.5)
+    else:
+        seeds = seed if isinstance(seed, Tensor) else row_seeds(seed, x.shape[0], x.device)
+        tokens = prod(x.shape[1:-1])
+        draws = [philox_uniform(seeds, position, tokens, draw=n) for n in range(x.shape[-1])]
+        u = torch.stack(draws, -1).view(x.shape)
+    bits = (u < p.detach()).to(x.dtype)
+    return bits + (p - p.detach()).to(x.dtype) if x.requires_grad else bits
+
+
+def _places(d: int, msb_first: bool, device: torch.device) -> Tensor:
+    return torch.arange(d - 1, -1, -1, device=device) if msb_first else torch.arange(d, device=device)
 
 
 def _constants(levels: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
