@@ -14,6 +14,7 @@ from arimg.ops.quantize_codes import (
     unpack_bits,
     unpack_signs,
 )
+from arimg.ops.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.ops.sampling import philox_uniform, sample
 
 __all__ = [
@@ -23,11 +24,14 @@ __all__ = [
     "bernoulli_bits",
     "bicubic_up",
     "cached_attention",
+    "code_statistics",
+    "code_usage",
     "encode",
     "fsq",
     "fsq_codes",
     "gated_residual",
     "gated_residual_norm",
+    "kmeans",
     "lookup",
     "nearest_code",
     "norm_modulate",
