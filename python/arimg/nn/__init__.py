@@ -1,1 +1,7 @@
 """Torch modules built from the operations."""
+
+from arimg.nn.residual_vq import ResidualVQ
+from arimg.nn.scalar_quantize import BSQ, FSQ, LFQ
+from arimg.nn.vector_quantize import VectorQuantize
+
+__all__ = ["BSQ", "FSQ", "LFQ", "ResidualVQ", "VectorQuantize"]
