@@ -1,5 +1,5 @@
 // See bits.h. Rows follow each other without a gap, so the bits of all rows are one stream: whole vectors
-// are read or written, and rows are cut from the stream or added to it.
+// are read, and rows are cut from the stream.
 #include "quantize/bits.h"
 
 #include "core/simd.h"
@@ -101,32 +101,42 @@ static ARIMG_INLINE void store_bytes(uint64_t bits, uint8_t* p) {
   __builtin_memcpy(p, &v, 8);
 }
 
-static void unpack_to_bytes(const UnpackBits& p, int64_t begin, int64_t end) {
-  uint8_t* out = (uint8_t*)p.out + begin * p.bits;
-  Stream stream;
+// Writes row after row in whole groups of STEP elements: what reaches beyond a row is overwritten by the next
+// one. Rows that would reach beyond the last are written element by element.
+template <int STEP, typename Group, typename Single>
+static ARIMG_INLINE void unpack_rows(const UnpackBits& p, int64_t begin, int64_t end, Group&& group,
+                                     Single&& single) {
+  const int64_t reach = (p.bits + STEP - 1) / STEP * STEP;
   for (int64_t row = begin; row < end; ++row) {
-    stream.add(row_of_index(uint64_t(p.index[row]), p.bits, p.msb_first), p.bits);
-    for (; stream.count >= 8; out += 8) store_bytes(stream.take(8), out);
+    const uint64_t bits = row_of_index(uint64_t(p.index[row]), p.bits, p.msb_first);
+    const int64_t at = row * p.bits;
+    if (at + reach <= end * p.bits)
+      for (int j = 0; j < p.bits; j += STEP) group(bits >> j, at + j);
+    else
+      for (int j = 0; j < p.bits; ++j) single(bits >> j & 1, at + j);
   }
-  while (stream.count > 0) *out++ = uint8_t(stream.take(1) & 1);
+}
+
+static void unpack_to_bytes(const UnpackBits& p, int64_t begin, int64_t end) {
+  uint8_t* out = (uint8_t*)p.out;
+  unpack_rows<8>(
+      p, begin, end, [&](uint64_t bits, int64_t at) { store_bytes(bits, out + at); },
+      [&](uint64_t bit, int64_t at) { out[at] = uint8_t(bit); });
 }
 
 template <typename T>
 static void unpack_to_values(const UnpackBits& p, int64_t begin, int64_t end) {
-  T* out = (T*)p.out + begin * p.bits;
+  T* out = (T*)p.out;
   int32_t places[W];
   for (int i = 0; i < W; ++i) places[i] = 1 << i;
   const I32 place = I32::load(places);
   const F32 low(p.low), high(p.high);
-  Stream stream;
-  auto values = [&](uint64_t bits) {
-    return select((I32(int32_t(uint32_t(bits))) & place) == I32(0), low, high);
-  };
-  for (int64_t row = begin; row < end; ++row) {
-    stream.add(row_of_index(uint64_t(p.index[row]), p.bits, p.msb_first), p.bits);
-    for (; stream.count >= W; out += W) values(stream.take(W)).store(out);
-  }
-  if (stream.count > 0) values(uint64_t(stream.waiting)).store_partial(out, stream.count);
+  unpack_rows<W>(
+      p, begin, end,
+      [&](uint64_t bits, int64_t at) {
+        select((I32(int32_t(uint32_t(bits))) & place) == I32(0), low, high).store(out + at);
+      },
+      [&](uint64_t bit, int64_t at) { out[at] = from_float<T>(bit ? p.high : p.low); });
 }
 
 void unpack_bits(const UnpackBits& p, int64_t begin, int64_t end) {

@@ -121,18 +121,49 @@ void fsq_backward(const FsqBackward& p, float* scratch, int64_t begin, int64_t e
   with_dtype(p.dtype, [&](auto t) { backward_rows<decltype(t)>(p, scratch, begin, end); });
 }
 
-void fsq_codes(const FsqCodes& p, int64_t begin, int64_t end) {
+template <typename T>
+static void codes_of_row(const FsqCodes& p, int64_t row) {
   const FsqLevels& l = p.levels;
+  T* out = (T*)p.codes + row * l.dims;
+  uint64_t rest = wrapped_index(p.index[row], l.count);
+  for (int c = 0; c < l.dims; ++c) {
+    float k = float(take_digit(rest, l.level[c], l.reciprocal[c])) - l.width[c];
+    out[c] = from_float<T>(level_value(k, l.width[c], l.inverse[c]));
+  }
+}
+
+// As take_digit, for W numbers below 2^24: the estimated quotient is off by one at most, the rest is exact.
+static ARIMG_INLINE F32 take_digits(F32& rest, F32 level) {
+  F32 quotient = to_float(round_to_int(rest * (F32(1.f) / level) - F32(0.5f)));
+  F32 digit = fma(F32(0.f) - quotient, level, rest);
+  F32 step = select(digit < F32(0.f), F32(-1.f), select(digit >= level, F32(1.f), F32(0.f)));
+  rest = quotient + step;
+  return digit - step * level;
+}
+
+template <typename T>
+static void codes_of_rows(const FsqCodes& p, int64_t row) {  // W rows
+  const FsqLevels& l = p.levels;
+  float values[W], codes[fsq_max_dims][W];
+  for (int r = 0; r < W; ++r) values[r] = float(wrapped_index(p.index[row + r], l.count));
+  F32 rest = F32::load(values);
+  for (int c = 0; c < l.dims; ++c) {
+    F32 width(l.width[c]);
+    F32 k = take_digits(rest, F32(float(l.level[c]))) - width;
+    level_value(k, width, F32(l.inverse[c])).store(codes[c]);
+  }
+  T* out = (T*)p.codes + row * l.dims;
+  for (int r = 0; r < W; ++r)
+    for (int c = 0; c < l.dims; ++c) *out++ = from_float<T>(codes[c][r]);
+}
+
+void fsq_codes(const FsqCodes& p, int64_t begin, int64_t end) {
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    T* out = (T*)p.codes + begin * l.dims;
-    for (int64_t row = begin; row < end; ++row, out += l.dims) {
-      uint64_t rest = wrapped_index(p.index[row], l.count);
-      for (int c = 0; c < l.dims; ++c) {
-        float k = float(take_digit(rest, l.level[c], l.reciprocal[c])) - l.width[c];
-        out[c] = from_float<T>(level_value(k, l.width[c], l.inverse[c]));
-      }
-    }
+    int64_t row = begin;
+    if (p.levels.count <= (1 << 24))
+      for (; row + W <= end; row += W) codes_of_rows<T>(p, row);
+    for (; row < end; ++row) codes_of_row<T>(p, row);
   });
 }
 
