@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from arimg import _library, ops, reference
 from test_quantize import scores
@@ -15,78 +13,11 @@ from tolerance import assert_close
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VAR_SCALES = [(n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
 VAR_PHI = [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
-# images, channels, input size, output size
-RESIZES = [
-    (1, 1, (1, 1), (1, 1)),
-    (1, 3, (1, 1), (5, 4)),
-    (2, 5, (4, 4), (16, 16)),
-    (3, 32, (13, 13), (16, 16)),
-    (1, 7, (3, 8), (9, 11)),
-    (2, 33, (2, 5), (7, 5)),
-    (1, 40, (6, 6), (6, 6)),
-]
 
 
 def randn(*shape, dtype=torch.float32, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=g).to(dtype).to(device)
-
-
-def assert_resampled(got, x, size, mode):
-    # A bicubic pixel is 8 products deep, with weights that sum to at most 2; torch may happen to be exact.
-    floor = 8 * 2.0**-24 * 2 * x.abs().max().item()
-    assert_close(got, lambda x: interpolate(x, size, mode), x, floor=floor)
-
-
-def interpolate(x, size, mode):
-    wide = x if x.dtype == torch.float64 else x.float()
-    return F.interpolate(wide, size=size, mode=mode).to(x.dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", RESIZES)
-def test_resampling(backend, case, dtype):
-    B, C, small, large = case
-    x = randn(B, C, *large, dtype=dtype, device=backend.device)
-    assert_resampled(ops.area_down(x, small), x, small, "area")
-    x = randn(B, C, *small, dtype=dtype, device=backend.device)
-    assert_resampled(ops.bicubic_up(x, large), x, large, "bicubic")
-
-
-def test_resampling_in_the_other_direction_follows_torch_too(backend):
-    x = randn(2, 3, 5, 9, device=backend.device)
-    assert_resampled(ops.bicubic_up(x, (3, 4)), x, (3, 4), "bicubic")
-    assert_resampled(ops.area_down(x, (8, 12)), x, (8, 12), "area")
-
-
-def test_equal_sizes_copy(backend):
-    x = randn(2, 3, 4, 5, device=backend.device)
-    x[0, 0, 0, 0] = float("inf")  # would spread as NaN if it took part in a weighted sum
-    for resize in (ops.area_down, ops.bicubic_up):
-        y = resize(x, (4, 5))
-        assert torch.equal(y, x) and y.data_ptr() != x.data_ptr()
-
-
-def test_resampling_of_non_contiguous_and_empty_maps(backend):
-    x = randn(2, 6, 8, 10, device=backend.device)
-    view = x[:, ::2].transpose(2, 3)
-    assert torch.equal(ops.area_down(view, (3, 4)), ops.area_down(view.contiguous(), (3, 4)))
-    assert torch.equal(ops.bicubic_up(view, (20, 9)), ops.bicubic_up(view.contiguous(), (20, 9)))
-    assert ops.area_down(x[:0], (2, 2)).shape == (0, 6, 2, 2)
-
-
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    channels=st.integers(1, 40),
-    small=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    more=st.tuples(st.integers(0, 9), st.integers(0, 9)),
-)
-def test_resampling_of_random_shapes(backend, channels, small, more):
-    large = (small[0] + more[0], small[1] + more[1])
-    x = randn(1, channels, *large, device=backend.device)
-    assert_resampled(ops.area_down(x, small), x, small, "area")
-    x = randn(1, channels, *small, device=backend.device)
-    assert_resampled(ops.bicubic_up(x, large), x, large, "bicubic")
 
 
 # --- accumulate ---------------------------------------------------------------------------------------------
@@ -110,19 +41,24 @@ def filters(channels, count=None, dtype=torch.float32, device="cpu"):
     return weight.to(dtype).to(device), bias.to(dtype).to(device)
 
 
-def assert_added(got, f_hat, h, weight, bias, ratio, residual=None):
+def assert_added(got, f_hat, h, weight, bias, ratio, residual=None, up="bicubic"):
     # One chain of 9 C roundings, each of a partial sum that is about as large as h.
     floor = (9 * h.shape[1]) ** 0.5 * 2.0**-24 * h.abs().max().item()
-    assert_close(got, added, f_hat, h, weight, bias, ratio, residual, floor=floor)
+    assert_close(got, added, f_hat, h, weight, bias, ratio, residual, up, floor=floor)
 
 
-def added(f_hat, h, weight, bias, ratio, residual=None):
+def wide(t):
+    return t if t is None or t.dtype == torch.float64 else t.float()
+
+
+def added(f_hat, h, weight, bias, ratio, residual=None, up="bicubic"):
     """What accumulate_ makes of f_hat (or of residual), out of place."""
     dtype = f_hat.dtype
-    f_hat, h, weight, bias = (t if t.dtype == torch.float64 else t.float() for t in (f_hat, h, weight, bias))
+    f_hat, h, weight, bias = (wide(t) for t in (f_hat, h, weight, bias))
     size = f_hat.shape[-2:]
-    v = h if h.shape[-2:] == size else F.interpolate(h, size=size, mode="bicubic")
-    u = (1 - ratio) * v + ratio * F.conv2d(v, weight, bias, padding=1)
+    u = v = h if h.shape[-2:] == size else F.interpolate(h, size=size, mode=up)
+    if weight is not None:
+        u = (1 - ratio) * v + ratio * F.conv2d(v, weight, bias, padding=1)
     return (f_hat + u if residual is None else residual.to(u.dtype) - u).to(dtype)
 
 
@@ -141,6 +77,21 @@ def test_accumulate(backend, case, dtype):
     alone = f_hat.clone()
     ops.accumulate_(alone, h, weight, bias, 0.5)
     assert torch.equal(alone, got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ACCUMULATES)
+def test_accumulate_bilinear_and_without_phi(backend, case, dtype):
+    B, C, small, size = case
+    f_hat = randn(B, C, *size, dtype=dtype, device=backend.device)
+    residual = randn(B, C, *size, dtype=dtype, device=backend.device, seed=1)
+    h = randn(B, C, *small, dtype=dtype, device=backend.device, seed=2)
+    for phi in ((None, None), filters(C, dtype=dtype, device=backend.device)):
+        for up in ("bilinear", "bicubic"):
+            got, rest = f_hat.clone(), residual.clone()
+            ops.accumulate_(got, h, *phi, 0.5, rest, up=up)
+            assert_added(got, f_hat, h, *phi, 0.5, up=up)
+            assert_added(rest, f_hat, h, *phi, 0.5, residual, up=up)
 
 
 def test_accumulate_with_other_ratios_dtypes_and_layouts(backend):
@@ -206,33 +157,54 @@ def problem(B, C, K, H, W, dtype=torch.float32, device="cpu", phis=4, seed=0):
     return f, codebook, *filters(C, phis, dtype, device)
 
 
-def assert_encodes(result, f, codebook, weights, biases, scales, phi, ratio=0.5) -> int:
+def assert_encodes(
+    result, f, codebook, weights, biases, scales, phi, ratio=0.5, up="bicubic", residual=True, metric="l2"
+) -> int:
     """Replays the indices in float64: at each scale the code must be the nearest to the residual that the
     codes chosen so far leave (or tie with it within rounding; counted), and f_hat must be their sum."""
     indices, f_hat = result
-    f, codebook, weights, biases = (t.detach().cpu().double() for t in (f, codebook, weights, biases))
+    f, codebook, weights, biases = (
+        None if t is None else t.detach().cpu().double() for t in (f, codebook, weights, biases)
+    )
     B, C = f.shape[:2]
-    residual, total, flips = f.clone(), torch.zeros_like(f), 0
-    for (h, w), k, index in zip(scales, phi, indices):
+    rest, total, flips = f.clone(), torch.zeros_like(f), 0
+    for i, ((h, w), index) in enumerate(zip(scales, indices)):
         index = index.cpu()
         assert index.shape == (B, h * w) and index.dtype == torch.int64
-        rows = F.interpolate(residual, size=(h, w), mode="area").permute(0, 2, 3, 1).reshape(-1, C)
-        exact, error = scores(rows, codebook, "l2")
+        rows = F.interpolate(rest, size=(h, w), mode="area").permute(0, 2, 3, 1).reshape(-1, C)
         # The residual of a float32 run carries the rounding of the scales before it: up to some units in the
         # last place of the largest values that were added.
-        error = error + 32 * 2.0**-24 * (f.abs().max() + total.abs().max()) * codebook.abs().sum(-1)
+        carried = 32 * 2.0**-24 * (f.abs().max() + total.abs().max())
         chosen = index.reshape(-1)
-        at = torch.arange(len(chosen))
-        best = exact.argmin(-1)
-        assert (exact[at, chosen] - exact[at, best] <= error[at, chosen] + error[at, best]).all()
-        flips += int((chosen != best).sum())
-        codes = codebook[index].transpose(1, 2).reshape(B, C, h, w)
-        u = added(torch.zeros_like(f), codes, weights[k], biases[k], ratio)
-        total, residual = total + u, residual - u
+        if codebook is None:
+            codes = signs(chosen, C)
+            wrong = (rows > 0) != (codes > 0)
+            assert (rows[wrong].abs() <= carried).all()
+            flips += int(wrong.any(1).sum())
+            codes = codes / C**0.5
+        else:
+            exact, error = scores(rows, codebook, metric)
+            error = error + carried * codebook.abs().sum(-1)
+            at = torch.arange(len(chosen))
+            best = exact.argmin(-1)
+            assert (exact[at, chosen] - exact[at, best] <= error[at, chosen] + error[at, best]).all()
+            flips += int((chosen != best).sum())
+            codes = codebook[chosen]
+        if residual or i == len(scales) - 1:
+            h_map = codes.view(B, h * w, C).transpose(1, 2).reshape(B, C, h, w)
+            pair = (None, None) if weights is None else (weights[phi[i]], biases[phi[i]])
+            u = added(torch.zeros_like(f), h_map, *pair, ratio, up=up)
+            total, rest = total + u, rest - u if residual else rest
     # one rounding to f_hat's dtype, and some in float32
     unit = torch.finfo(f_hat.dtype).eps / 2 + 64 * 2.0**-24
     assert ((f_hat.cpu().double() - total).abs() <= unit * (1 + total.abs().max())).all()
     return flips
+
+
+def signs(index, channels):
+    """int64 [N] -> +-1 [N, channels], bit by bit from the definition."""
+    bits = [[(i >> c) & 1 for c in range(channels)] for i in index.tolist()]
+    return torch.tensor(bits, dtype=torch.float64).reshape(-1, channels) * 2 - 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,6 +221,107 @@ def test_encode_of_var(backend):
     expected = reference.encode(*(t.cpu() for t in arguments), VAR_SCALES, VAR_PHI)
     same = [torch.equal(a.cpu(), b) for a, b in zip(got[0], expected[0])]
     assert sum(same) >= 9, same
+
+
+# Variants of the encode as data: whether there is a codebook and phi, and the options.
+VARIANTS = {
+    "VAR": (True, True, {}),
+    "no phi": (True, False, {}),
+    "cosine": (True, True, dict(metric="cosine")),
+    "Infinity": (False, False, dict(up="bilinear")),
+    "signs with phi": (False, True, {}),
+    "FlexVAR": (True, False, dict(residual=False, metric="cosine")),
+}
+
+
+def variant(name, f, codebook, weights, biases, phi):
+    has_codebook, has_phi, options = VARIANTS[name]
+    filters = (weights, biases) if has_phi else (None, None)
+    return (f, codebook if has_codebook else None, *filters), phi if has_phi else None, options
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_encode(backend, name, dtype):
+    scales = [(1, 1), (2, 3), (4, 4), (6, 7)]
+    tensors = problem(2, 18, 60, 6, 7, dtype, backend.device, phis=2)
+    arguments, phi, options = variant(name, *tensors, [0, 1, 1, 0])
+    got = ops.encode(*arguments, scales, phi, **options)
+    assert assert_encodes(got, *arguments, scales, phi, **options) <= 1
+    alone = ops.encode(arguments[0][1:], *arguments[1:], scales, phi, **options)
+    assert all(torch.equal(a, b[1:]) for a, b in zip(alone[0], got[0]))
+    assert torch.equal(alone[1], got[1][1:])
+    expected = reference.encode(*(None if t is None else t.cpu() for t in arguments), scales, phi, **options)
+    assert [torch.equal(a.cpu(), b) for a, b in zip(got[0], expected[0])].count(False) <= 1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_features_are_what_encode_leaves(backend, name):
+    """f_hat of all indices bit for bit, and of the first scales what the reference says."""
+    scales = [(1, 1), (2, 3), (4, 4), (6, 7)]
+    tensors = problem(2, 18, 60, 6, 7, device=backend.device, phis=2)
+    (f, *rest), phi, options = variant(name, *tensors, [0, 1, 1, 0])
+    indices, f_hat = ops.encode(f, *rest, scales, phi, **options)
+    options = {k: v for k, v in options.items() if k != "metric"} | dict(channels=18)
+    assert torch.equal(ops.features(indices, *rest, scales, phi, **options), f_hat)
+    for count in (1, 3):
+        got = ops.features(indices[:count], *rest, scales, phi, **options)
+
+        def formula(*tensors, count=count):
+            found = reference.features([i.cpu() for i in indices[:count]], *tensors, scales, phi, **options)
+            return found
+
+        assert_close(got, formula, *rest, floor=32 * 2.0**-24 * (1 + f_hat.abs().max().item()))
+        alone = ops.features([i[1:] for i in indices[:count]], *rest, scales, phi, **options)
+        assert torch.equal(alone, got[1:])
+
+
+def test_features_train_the_codebook_through_the_reference():
+    f, codebook, weights, biases = problem(2, 6, 20, 4, 4, phis=1)
+    scales, phi = [(1, 1), (4, 4)], [0, 0]
+    indices, f_hat = ops.encode(f, codebook, weights, biases, scales, phi)
+    codebook.requires_grad_()
+    again = ops.features(indices, codebook, weights, biases, scales, phi)
+    assert torch.allclose(again, f_hat, atol=1e-5)
+    again.sum().backward()
+    used = torch.cat(indices, 1).unique()
+    assert codebook.grad[used].abs().sum() > 0 and codebook.grad.abs().sum(1).count_nonzero() == len(used)
+
+
+def test_signs_of_many_channels(backend):
+    """64 bits fill the index to its sign; more channels than a vector or a warp has lanes."""
+    for channels in (1, 5, 33, 64):
+        f = randn(2, channels, 3, 4, device=backend.device)
+        f[0, 0, 0, 0], f[0, 0, 0, 1], f[0, 0, 0, 2] = 0.0, float("nan"), -0.0  # not positive
+        (index,), f_hat = ops.encode(f, None, scales=[(3, 4)], up="bilinear")
+        expected = f.permute(0, 2, 3, 1).reshape(-1, channels) > 0
+        assert torch.equal(signs(index.reshape(-1), channels) > 0, expected.cpu())
+        assert torch.equal(f_hat > 0, f > 0) and torch.allclose(f_hat.norm(dim=1), torch.ones(2, 3, 4))
+
+
+def test_encode_with_two_codebooks_that_share_an_index(backend):
+    """TokenFlow: nearest by |s - e_s|^2 + w |p - e_p|^2 over normalised halves."""
+    widths, scales, weight = (12, 5), [(1, 1), (2, 2), (5, 4)], 0.5
+    f = randn(2, sum(widths), 5, 4, device=backend.device)
+    books = [randn(50, n, device=backend.device, seed=n) for n in widths]
+    indices, f_hat = ops.encode_parts(f, books, scales, weights=(1.0, weight))
+    rest, total = f.cpu().double(), torch.zeros_like(f, device="cpu", dtype=torch.float64)
+    books = [F.normalize(b.cpu().double(), dim=-1) for b in books]
+    for (h, w), index in zip(scales, indices):
+        small = F.interpolate(rest, size=(h, w), mode="area").permute(0, 2, 3, 1).reshape(-1, sum(widths))
+        s, p = (F.normalize(part, dim=-1) for part in small.split(widths, 1))
+        distance = torch.cdist(s, books[0]).square() + weight * torch.cdist(p, books[1]).square()
+        chosen = index.reshape(-1).cpu()
+        assert (distance.gather(1, chosen[:, None])[:, 0] - distance.min(1).values <= 1e-5).all()
+        codes = torch.cat([b[chosen] for b in books], 1).view(2, h, w, -1).permute(0, 3, 1, 2)
+        u = F.interpolate(codes, size=(5, 4), mode="bicubic")
+        rest, total = rest - u, total + u
+    assert torch.allclose(f_hat.cpu().double(), total, atol=1e-5)
+    plain = ops.encode_parts(
+        f, [torch.cat([b.float().to(f.device) for b in books], 1)], scales, normalize=False
+    )
+    same = ops.encode(f, torch.cat([b.float().to(f.device) for b in books], 1), scales=scales)
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], same[0])) and torch.equal(plain[1], same[1])
 
 
 def test_encode_of_one_image_does_not_depend_on_the_batch(backend):
@@ -313,12 +386,15 @@ def test_opcheck(namespace):
             pytest.skip(str(error))
     packet = getattr(torch.ops, namespace)
     f, codebook, weights, biases = problem(2, 4, 10, 5, 6, phis=2)
-    torch.library.opcheck(packet.area_down, (f, 2, 3))
-    torch.library.opcheck(packet.bicubic_up, (f, 9, 8))
     small = randn(2, 4, 2, 2)
-    torch.library.opcheck(packet.accumulate_, (f, small, weights[0], biases[0], 0.5, None))
-    torch.library.opcheck(packet.accumulate_, (f, small, weights[0], biases[0], 0.5, f.clone()))
-    torch.library.opcheck(packet.encode, (f, codebook, weights, biases, [1, 1, 5, 6], [0, 1], 0.5))
+    torch.library.opcheck(packet.accumulate_, (f, small, weights[0], biases[0], 0.5, None, 2))
+    torch.library.opcheck(packet.accumulate_, (f, small, None, None, 0.5, f.clone(), 1))
+    scales, phi = [1, 1, 5, 6], [0, 1]
+    torch.library.opcheck(packet.encode, (f, codebook, weights, biases, scales, phi, 0.5, 2, True, 0, 0.5))
+    torch.library.opcheck(packet.encode, (f, None, None, None, scales, [], 0.5, 1, False, 0, 0.5))
+    flat = torch.zeros(2 * 31, dtype=torch.int64)
+    arguments = (scales, phi, 0.5, 2, 0.5, 2, 4, 5, 6)
+    torch.library.opcheck(packet.features, (flat, codebook, weights, biases, *arguments))
 
 
 def test_compiles_without_graph_breaks():
@@ -336,11 +412,6 @@ def test_compiles_without_graph_breaks():
         f = randn(B, 8, 6, 6)
         (a, b, c), (x, y, z) = compiled(f), step(f)
         assert torch.equal(b, y) and torch.equal(c, z) and all(torch.equal(i, j) for i, j in zip(a, x))
-
-
-def resize(**change):
-    arguments = dict(x=torch.zeros(1, 2, 4, 4), size=(2, 2)) | change
-    return ops.area_down(**arguments), ops.bicubic_up(**arguments)
 
 
 def accumulate(**change):
@@ -367,12 +438,24 @@ def encode(**change):
     ops.encode(**(arguments | change))
 
 
+def features(**change):
+    arguments = dict(indices=[torch.zeros(1, 1).long()], codebook=torch.zeros(5, 2), scales=[(1, 1), (4, 4)])
+    ops.features(**(arguments | change))
+
+
+def parts(**change):
+    codebooks = [torch.zeros(5, 2), torch.zeros(5, 1)]
+    ops.encode_parts(**(dict(f=torch.zeros(1, 3, 4, 4), codebooks=codebooks, scales=[(4, 4)]) | change))
+
+
+def bands(**change):
+    maps = [torch.zeros(1, 2, 4, 4)] * 2
+    ops.encode_bands(**(dict(bands=maps, codebook=torch.zeros(5, 2), scales=[(1, 1), (4, 4)]) | change))
+
+
 @pytest.mark.parametrize(
     "function, change, error, text",
     [
-        (resize, dict(x=torch.zeros(2, 4, 4)), ValueError, r"expected x \[B, C, H, W\]"),
-        (resize, dict(x=torch.zeros(1, 2, 4, 4).int()), TypeError, "expected x of float"),
-        (resize, dict(size=(0, 3)), ValueError, r"expected a size of two positive numbers, got \(0, 3\)"),
         (accumulate, dict(f_hat=torch.zeros(2, 4, 4)), ValueError, r"expected f_hat \[B, C, H, W\]"),
         (
             accumulate,
@@ -394,6 +477,48 @@ def encode(**change):
         (encode, dict(weights=torch.zeros(2, 2, 3, 3)), ValueError, "expected weights"),
         (encode, dict(scales=[(1, 1), (3, 4)]), ValueError, r"expected scales \(h, w\) within \(4, 4\)"),
         (encode, dict(phi=[0, 1]), ValueError, r"expected a phi of 0..0 for each of 2 scales, got \[0, 1\]"),
+        (encode, dict(phi=None), ValueError, "expected a phi of 0..0 for each of 2 scales, got None"),
+        (encode, dict(weights=None, biases=None), ValueError, "expected no phi without weights"),
+        (encode, dict(weights=None), ValueError, "expected both weights and biases, or neither"),
+        (encode, dict(up="area"), ValueError, "expected up to be one of bilinear, bicubic, got 'area'"),
+        (encode, dict(metric="l1"), ValueError, "expected metric to be one of l2, cosine, dot, got 'l1'"),
+        (
+            encode,
+            dict(f=torch.zeros(1, 65, 4, 4), codebook=None),
+            ValueError,
+            "expected at most 64 channels for signs, got 65",
+        ),
+        (accumulate, dict(bias=None), ValueError, "expected both weight and bias, or neither"),
+        (accumulate, dict(up="nearest"), ValueError, "expected up to be one of bilinear, bicubic"),
+        (features, dict(indices=[]), ValueError, "expected indices of 1 to 2 scales, got 0"),
+        (
+            features,
+            dict(indices=[torch.zeros(1, 2).long()]),
+            ValueError,
+            r"expected indices \[1, 1\] at scale 0, got \[1, 2\]",
+        ),
+        (
+            features,
+            dict(indices=[torch.zeros(1, 1)]),
+            TypeError,
+            "expected indices of int64, got torch.float32",
+        ),
+        (features, dict(codebook=None), ValueError, "expected channels where there is no codebook"),
+        (features, dict(codebook=torch.zeros(2)), ValueError, r"expected codebook \[K, 2\]"),
+        (parts, dict(f=torch.zeros(1, 4, 4, 4)), ValueError, r"expected f \[B, 3, H, W\], got"),
+        (parts, dict(weights=[1.0]), ValueError, "expected 2 weights that are not negative"),
+        (
+            bands,
+            dict(bands=[torch.zeros(1, 2, 4, 4)]),
+            ValueError,
+            "expected a band for each of 2 scales, got 1",
+        ),
+        (
+            bands,
+            dict(bands=[torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 3)]),
+            ValueError,
+            r"expected bands of one shape \[B, C, H, W\], got \[1, 2, 4, 3\]",
+        ),
     ],
 )
 def test_bad_input_is_refused(function, change, error, text):

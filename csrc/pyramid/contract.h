@@ -1,8 +1,8 @@
 // Resampling, and what one scale of a residual pyramid adds to the running sum.
 //
-// Area: the mean over input rows floor(i H / h) .. ceil((i + 1) H / h) and the like columns. Bicubic: a =
-// -0.75, corners not aligned, taps beyond the border repeat the border pixel. Equal sizes copy. fp32 inside;
-// every output pixel is computed alone, so results depend neither on the batch nor on how work is split.
+// Weights: see resample.h. fp32 inside, rows before columns, each output element one chain of multiply-adds
+// over its sources in their order; every output pixel is computed alone, so results depend neither on the
+// batch nor on how work is split nor on the layout of the maps.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 #include "core/dtype.h"
 #include "core/simd_level.h"
 #include "core/status.h"
+#include "pyramid/resample.h"
 
 namespace arimg {
 
@@ -20,21 +21,30 @@ struct Map {
   int64_t batch, channel, pixel;
 };
 
-enum class Resampling : int { area, bicubic };
-
 struct Resample {
   Resampling mode;
+  bool transposed;  // the transposed matrix of the resampling from out's size to in's
   Map in, out;
   int64_t images, channels;
   int64_t in_height, in_width, out_height, out_width;
 };
 
-// u = (1 - ratio) v + ratio (conv3x3(v) + bias) with v = bicubic(h, [height, width]); sum += u; residual -=
-// u.
+static ARIMG_HD Axis row_axis(const Resample& p) {
+  return {p.mode, p.transposed, int(p.in_height), int(p.out_height)};
+}
+static ARIMG_HD Axis column_axis(const Resample& p) {
+  return {p.mode, p.transposed, int(p.in_width), int(p.out_width)};
+}
+
+// v = `up`sampled h, [height, width]; u = (1 - ratio) v + ratio (conv3x3(v) + bias), or v where weight is
+// nullptr; sum += u; residual -= u. `up` is bilinear or bicubic.
 struct Accumulate {
   Map h;                 // [images, channels, in_height, in_width]; or, with index, the codebook:
   const int64_t* index;  // [images, in_height * in_width] rows of h (h.pixel is the row length)
+  float sign;            // not 0: no codebook; channel c of a pixel is +sign where bit c of index is set,
+                         // else -sign (h is unused)
   int64_t images, channels;
+  Resampling up;
   int64_t in_height, in_width, height, width;
   DType filter_dtype;
   const void* weight;  // [channels, channels, 3, 3]
@@ -44,9 +54,8 @@ struct Accumulate {
   Map residual;  // data may be nullptr
 };
 
-// CPU. The work items of resample are image x group of channels; those of accumulate are the rows of the
-// output of all images. `filter` is the packed convolution with (1 - ratio) on its centre, so that u is one
-// product.
+// CPU. The work items of resample are pieces of one image; those of accumulate are the rows of the output of
+// all images. `filter` is the packed convolution with (1 - ratio) on its centre, so that u is one product.
 ARIMG_CPU_KERNEL(int64_t, resample_items, (const Resample& p))
 ARIMG_CPU_KERNEL(int64_t, resample_scratch, (const Resample& p))
 ARIMG_CPU_KERNEL(void, resample, (const Resample& p, float* scratch, int64_t begin, int64_t end))
@@ -60,5 +69,10 @@ ARIMG_CPU_KERNEL(void, accumulate,
 // GPU: one launch each.
 Status resample_cuda(const Resample& p, void* stream);
 Status accumulate_cuda(const Accumulate& p, void* stream);
+
+// bit c of index[i] = x[i, c] > 0, for x [rows, channels] in fp32, channels <= 64.
+ARIMG_CPU_KERNEL(void, sign_bits,
+                 (const float* x, int64_t channels, int64_t* index, int64_t begin, int64_t end))
+Status sign_bits_cuda(const float* x, int64_t rows, int64_t channels, int64_t* index, void* stream);
 
 }  // namespace arimg

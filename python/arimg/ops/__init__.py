@@ -3,7 +3,8 @@
 from arimg.ops.attention import cached_attention, row_interval_attention
 from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.ops.kv_cache import append_qk_norm_
-from arimg.ops.pyramid import accumulate_, area_down, bicubic_up, encode
+from arimg.ops.pyramid import accumulate_, encode, encode_bands, encode_parts, features
+from arimg.ops.pyramid_resize import area_down, bicubic_up, bilinear_up, pool_tokens, resize
 from arimg.ops.quantize import lookup, nearest_code, quantize
 from arimg.ops.quantize_codes import (
     bernoulli_bits,
@@ -23,10 +24,14 @@ __all__ = [
     "area_down",
     "bernoulli_bits",
     "bicubic_up",
+    "bilinear_up",
     "cached_attention",
     "code_statistics",
     "code_usage",
     "encode",
+    "encode_bands",
+    "encode_parts",
+    "features",
     "fsq",
     "fsq_codes",
     "gated_residual",
@@ -37,7 +42,9 @@ __all__ = [
     "norm_modulate",
     "pack_bits",
     "philox_uniform",
+    "pool_tokens",
     "quantize",
+    "resize",
     "row_interval_attention",
     "sample",
     "sign_codes",

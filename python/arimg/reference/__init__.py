@@ -3,7 +3,8 @@
 from arimg.reference.attention import cached_attention, row_interval_attention
 from arimg.reference.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.reference.kv_cache import append_qk_norm_
-from arimg.reference.pyramid import accumulate_, area_down, bicubic_up, encode
+from arimg.reference.pyramid import accumulate_, encode, features
+from arimg.reference.pyramid_resize import area_down, bicubic_up, bilinear_up, pool_tokens, resize
 from arimg.reference.quantize import lookup, nearest_code, quantize
 from arimg.reference.quantize_codes import (
     bernoulli_bits,
@@ -23,10 +24,12 @@ __all__ = [
     "area_down",
     "bernoulli_bits",
     "bicubic_up",
+    "bilinear_up",
     "cached_attention",
     "code_statistics",
     "code_usage",
     "encode",
+    "features",
     "fsq",
     "fsq_codes",
     "gated_residual",
@@ -37,7 +40,9 @@ __all__ = [
     "norm_modulate",
     "pack_bits",
     "philox_uniform",
+    "pool_tokens",
     "quantize",
+    "resize",
     "row_interval_attention",
     "sample",
     "sign_codes",
