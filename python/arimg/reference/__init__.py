@@ -4,7 +4,15 @@ from arimg.reference.attention import cached_attention, row_interval_attention
 from arimg.reference.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.reference.kv_cache import append_qk_norm_
 from arimg.reference.pyramid import accumulate_, encode, features
+from arimg.reference.pyramid_bands import band_masks, frequency_bands
 from arimg.reference.pyramid_resize import area_down, bicubic_up, bilinear_up, pool_tokens, resize
+from arimg.reference.pyramid_tokens import (
+    merge_two_levels,
+    pack_two_levels,
+    token_shuffle,
+    token_unshuffle,
+    unpack_two_levels,
+)
 from arimg.reference.quantize import lookup, nearest_code, quantize
 from arimg.reference.quantize_codes import (
     bernoulli_bits,
@@ -22,6 +30,7 @@ __all__ = [
     "accumulate_",
     "append_qk_norm_",
     "area_down",
+    "band_masks",
     "bernoulli_bits",
     "bicubic_up",
     "bilinear_up",
@@ -30,15 +39,18 @@ __all__ = [
     "code_usage",
     "encode",
     "features",
+    "frequency_bands",
     "fsq",
     "fsq_codes",
     "gated_residual",
     "gated_residual_norm",
     "kmeans",
     "lookup",
+    "merge_two_levels",
     "nearest_code",
     "norm_modulate",
     "pack_bits",
+    "pack_two_levels",
     "philox_uniform",
     "pool_tokens",
     "quantize",
@@ -46,6 +58,9 @@ __all__ = [
     "row_interval_attention",
     "sample",
     "sign_codes",
+    "token_shuffle",
+    "token_unshuffle",
     "unpack_bits",
     "unpack_signs",
+    "unpack_two_levels",
 ]
