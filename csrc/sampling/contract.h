@@ -24,31 +24,40 @@ namespace arimg {
 
 constexpr int64_t max_vocabulary = 1 << 24;  // the sum of the weights stays below 2^54
 
-struct Sample {
+// Rows of logits and what becomes of them before a draw. A setting is one number, or (where the pointer is
+// not nullptr) one of each entry; an entry has `tokens` rows that follow each other.
+struct Rows {
   DType dtype;
   const void* logits;  // [rows, vocabulary]; with `guided` [2 rows, vocabulary], the conditional ones first
   int64_t row_stride;  // elements
   int64_t rows, vocabulary;
-  int64_t rows_per_seed;  // row r belongs to seed r / rows_per_seed, position + r % rows_per_seed
-  const int64_t* seeds;   // [rows / rows_per_seed], or nullptr: first_seed + index
-  uint64_t first_seed;    // wraps
-  const int64_t* offset;  // one number, or nullptr: added to position
-  uint64_t position;      // wraps
+  int64_t tokens;  // row r belongs to entry r / tokens
   bool guided;
-  const float* guidances;  // [rows / rows_per_seed], or nullptr: guidance
   float guidance;
+  const float* guidances;
   float temperature;   // 1: not applied
   int64_t top_k;       // 0: not applied
   double dropped;      // 1 - p of top-p; 0: not applied
   int32_t min_weight;  // 0: not applied
-  int64_t* out;        // [rows]
 };
 
-// Rows [begin, end). `workspace`: sample_workspace(vocabulary) bytes, aligned for float, per thread.
+// Row r draws at position + r % tokens under the seed of its entry.
+struct Draws {
+  const int64_t* seeds;   // [entries], or nullptr: first_seed + entry
+  uint64_t first_seed;    // wraps
+  const int64_t* offset;  // one number, or nullptr: added to position
+  uint64_t position;      // wraps
+};
+
+struct Sample : Rows, Draws {
+  int64_t* out;  // [rows]
+};
+
+// Rows [begin, end). `workspace`: row_workspace(vocabulary) bytes, aligned for float, per thread.
 ARIMG_CPU_KERNEL(void, sample, (const Sample& p, int64_t begin, int64_t end, void* workspace))
 
 constexpr int64_t workspace_slack = 64;  // elements that whole vectors may touch behind a row
-inline int64_t sample_workspace(int64_t vocabulary) {
+inline int64_t row_workspace(int64_t vocabulary) {
   return 5 * (vocabulary + workspace_slack) * 4;
 }
 

@@ -40,7 +40,7 @@ Tensor sample_op(const Tensor& logits, const std::optional<Tensor>& seeds, int64
   p.row_stride = tokens == 1 ? logits.stride(0) : logits.stride(1);
   p.rows = entries * tokens;
   p.vocabulary = logits.size(2);
-  p.rows_per_seed = tokens;
+  p.tokens = tokens;
   p.seeds =
       values<int64_t>(seeds, logits, ScalarType::Long, entries, "arimg: expected int64 seeds, one per row");
   p.first_seed = uint64_t(first_seed);
@@ -62,7 +62,7 @@ Tensor sample_op(const Tensor& logits, const std::optional<Tensor>& seeds, int64
     check(ARIMG_GPU(sample_cuda(p, scope.stream())), "sample");
   } else {
     parallel_for(p.rows, row_grain(p.vocabulary), [&](int64_t begin, int64_t end) {
-      std::unique_ptr<char[]> workspace(new char[size_t(sample_workspace(p.vocabulary))]);
+      std::unique_ptr<char[]> workspace(new char[size_t(row_workspace(p.vocabulary))]);
       ARIMG_CPU(sample)(p, begin, end, workspace.get());
     });
   }

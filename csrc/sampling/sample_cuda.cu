@@ -1,263 +1,23 @@
-// See contract.h. One block per row. The row is transformed once into shared memory (or, where it does not
-// fit, again in each pass); thresholds are found digit by digit on integers in the order of the floats, from
-// histograms of counts or of weights. All sums are of integers, so the order of the atomics does not matter.
-#include "core/cuda.h"
-#include "core/math.h"
+// See contract.h. One block per row, which is prepared by row_cuda.h.
 #include "core/philox.h"
 #include "sampling/contract.h"
+#include "sampling/row_cuda.h"
 
 namespace arimg {
 namespace {
 
-using namespace cuda;
-
-constexpr int bins = 2048;  // digits of 11, 11 and 10 bits
 constexpr size_t largest_cache = 160 * 1024;
-typedef unsigned long long Mass;
-
-// Unsigned integers in the order of the floats, without NaN and -0.
-__device__ __forceinline__ uint32_t key(float x) {
-  const uint32_t b = float_bits(x);
-  return b ^ (b >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-template <typename T, bool cached>
-struct Row {
-  const T* cond;
-  const T* uncond;  // nullptr: no guidance
-  float s, t, temperature;
-  int count;
-  Shared<float> cache;
-
-  __device__ __forceinline__ float transform(int i) const {
-    float x = to_float(cond[i]);
-    if (uncond != nullptr) x = fma(s, x, multiply(t, to_float(uncond[i])));
-    if (temperature != 1.f) x = divide(x, temperature);
-    return x == x ? x + 0.f : -INFINITY;
-  }
-  __device__ __forceinline__ float operator[](int i) const {
-    if constexpr (cached) return cache[i];
-    return transform(i);
-  }
-};
-
-// What is left of a row.
-struct Kept {
-  float top;
-  uint32_t least;   // of top-k
-  uint32_t cut;     // of top-p; 0: none
-  int last_at_cut;  // of the entries at the cut, those up to this index are kept
-  int32_t min_weight;
-
-  __device__ __forceinline__ uint32_t weight(float x, int i) const {
-    const uint32_t k = key(x);
-    if (k < least || k < cut || (k == cut && i > last_at_cut)) return 0;
-    const int32_t w = x == top ? weight_one : exp_weight(subtract(x, top));
-    return w < min_weight ? 0u : uint32_t(w);
-  }
-};
-
-// The sum over the lanes up to and including this one.
-__device__ __forceinline__ Mass warp_scan(Mass value) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const Mass below = __shfl_up_sync(full_warp, value, step);
-    if (lane_in_warp() >= step) value += below;
-  }
-  return value;
-}
-
-// The sum over the threads before this one; `scratch` has 32 elements.
-__device__ __forceinline__ Mass block_scan_before(Mass value, Shared<Mass> scratch) {
-  const Mass upto = warp_scan(value);
-  if (lane_in_warp() == 31) scratch[warp_in_block()] = upto;
-  __syncthreads();
-  Mass before = upto - value;
-  for (int w = 0; w < warp_in_block(); ++w) before += scratch[w];
-  __syncthreads();
-  return before;
-}
-
-// 64-bit sums from 32-bit atomics: a shared 64-bit atomicAdd is a loop of compare-and-swap on these GPUs.
-struct Histogram {
-  Shared<uint32_t> low, high;
-
-  __device__ __forceinline__ void clear() const {
-    for (int i = threadIdx.x; i < bins; i += blockDim.x) low[i] = high[i] = 0;
-  }
-  __device__ __forceinline__ void add(int bin, uint32_t mass) const {
-    const uint32_t before = atomicAdd(&low[bin], mass);
-    if (before + mass < before) atomicAdd(&high[bin], 1u);
-  }
-  __device__ __forceinline__ Mass operator[](int bin) const { return Mass(high[bin]) << 32 | low[bin]; }
-};
-
-struct Cut {
-  uint32_t key;  // of the smallest entry with mass(> x) < budget
-  Mass above;    // that mass
-  Mass at;       // the mass of the entries that equal it
-};
-
-struct Found {
-  Mass above, at;
-  uint32_t digit;
-};
-
-// In `histogram` (from the last bin down): where the mass, `above` from the start, reaches the budget.
-__device__ __forceinline__ Found find_digit(const Histogram& histogram, Mass above, Mass budget,
-                                            Shared<Mass> scratch, Shared<Found> found) {
-  const int each = bins / int(blockDim.x);
-  const int first = bins - 1 - int(threadIdx.x) * each;
-  Mass sum = 0;
-  for (int j = 0; j < each; ++j) sum += histogram[first - j];
-  Mass before = above + block_scan_before(sum, scratch);
-  if (before < budget && before + sum >= budget) {
-    int bin = first;
-    for (; before + histogram[bin] < budget; --bin) before += histogram[bin];
-    found[0] = Found{before, histogram[bin], uint32_t(bin)};
-  }
-  __syncthreads();
-  const Found result = found[0];
-  __syncthreads();
-  return result;
-}
-
-// mass: the weights that are left, or 1 for each entry. Their sum must reach the budget.
-template <bool weighted, typename R>
-__device__ Cut find_cut(const R& row, const Kept& kept, Mass budget, const Histogram& histogram,
-                        Shared<Mass> scratch, Shared<Found> found) {
-  Cut cut{0, 0, 0};
-  int end = 32;  // cut.key holds the bits from there on
-#pragma unroll 1
-  while (end > 0) {
-    const int width = end > 10 ? 11 : 10, shift = end - width;
-    histogram.clear();
-    __syncthreads();
-    for (int i = threadIdx.x; i < row.count; i += blockDim.x) {
-      const float x = row[i];
-      const uint32_t k = key(x);
-      if (uint64_t(k) >> end != cut.key) continue;
-      const uint32_t mass = weighted ? kept.weight(x, i) : 1;
-      if (mass) histogram.add(int(k >> shift & ((1u << width) - 1)), mass);
-    }
-    __syncthreads();
-    const Found at = find_digit(histogram, cut.above, budget, scratch, found);
-    cut = Cut{cut.key << width | at.digit, at.above, at.at};
-    end = shift;
-  }
-  return cut;
-}
-
-// Each warp owns a run of neighbouring entries, so that a search in index order touches one warp's run.
-struct Run {
-  int begin, end;
-};
-__device__ __forceinline__ Run run_of_warp(int count) {
-  const int tiles = (count + 31) / 32, warps = warps_in_block();
-  const int length = (tiles + warps - 1) / warps * 32;
-  const int begin = warp_in_block() * length;
-  return {begin < count ? begin : count, begin + length < count ? begin + length : count};
-}
-
-// The first index at which the running sum of mass(i) exceeds floor(u * total) = pick(total). The total must
-// not be 0. All threads get the result.
-template <typename MassOf, typename Pick>
-__device__ int find_index(int count, Shared<Mass> scratch, Shared<Found> found, MassOf mass, Pick pick) {
-  const Run run = run_of_warp(count);
-  const int lane = lane_in_warp();
-  Mass sum = 0;
-  for (int i = run.begin + lane; i < run.end; i += 32) sum += mass(i);
-  sum = warp_reduce_sum(sum);
-  if (lane == 0) scratch[warp_in_block()] = sum;
-  __syncthreads();
-  Mass before = 0, total = 0;
-  for (int w = 0; w < warps_in_block(); ++w) {
-    if (w < warp_in_block()) before += scratch[w];
-    total += scratch[w];
-  }
-  const Mass target = pick(total);
-  if (target >= before && target - before < sum) {  // true for one whole warp
-    for (int base = run.begin;; base += 32) {
-      const int i = base + lane;
-      const Mass upto = before + warp_scan(i < run.end ? mass(i) : 0);
-      const unsigned beyond = __ballot_sync(full_warp, upto > target);
-      if (beyond) {
-        if (lane == 0) found[0].digit = uint32_t(base + __ffs(int(beyond)) - 1);
-        break;
-      }
-      before = __shfl_sync(full_warp, upto, 31);
-    }
-  }
-  __syncthreads();
-  const int index = int(found[0].digit);
-  __syncthreads();
-  return index;
-}
-
-template <typename R>
-__device__ void apply_top_p(const R& row, Kept& kept, double dropped, const Histogram& histogram,
-                            Shared<Mass> scratch, Shared<Found> found) {
-  Mass sum = 0;
-  for (int i = threadIdx.x; i < row.count; i += blockDim.x) sum += kept.weight(row[i], i);
-  const Mass total = block_reduce_sum(sum, scratch);
-  const Mass limit = Mass(dropped * double(total));
-  const Mass budget = limit < total ? total - limit : 1;
-  const Cut cut = find_cut<true>(row, kept, budget, histogram, scratch, found);
-  kept.cut = cut.key;
-  const Mass left = budget - cut.above;  // for the entries at the cut: kept while the sum before is below
-  if (left >= cut.at) return;
-  kept.last_at_cut = find_index(
-      row.count, scratch, found,
-      [&](int i) { return key(row[i]) == cut.key ? Mass(kept.weight(row[i], i)) : 0; },
-      [&](Mass) { return left - 1; });
-}
 
 template <typename T, bool cached>
 __global__ void __launch_bounds__(1024, 1) sample_kernel(Sample p) {
   SharedArena arena;
-  const Histogram histogram{arena.take<uint32_t>(bins), arena.take<uint32_t>(bins)};
-  auto scratch = arena.take<Mass>(32);
-  auto found = arena.take<Found>(1);
-  auto maxima = arena.take<float>(32);
-  const int count = int(p.vocabulary);
-  const int64_t r = blockIdx.x, entry = r / p.rows_per_seed;
-  const float s = p.guidances ? p.guidances[entry] : p.guidance;
-  const T* cond = static_cast<const T*>(p.logits) + r * p.row_stride;
-  Row<T, cached> row{cond,
-                     p.guided ? cond + p.rows * p.row_stride : nullptr,
-                     s,
-                     subtract(1.f, s),
-                     p.temperature,
-                     count,
-                     arena.take<float>(cached ? count : 0)};
-
-  float top = -INFINITY;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const float x = row.transform(i);
-    if constexpr (cached) row.cache[i] = x;
-    top = fmaxf(top, x);
-  }
-  top = block_reduce_max(top, -INFINITY, maxima);  // its barriers also publish the cache
-  if (top == -INFINITY) {
-    if (threadIdx.x == 0) p.out[r] = 0;
-    return;
-  }
-
-  Kept kept{top, 0, 0, count, 0};
-  if (p.top_k == 1) {
-    const int first = find_index(
-        count, scratch, found, [&](int i) { return Mass(row[i] == top); }, [](Mass) { return Mass(0); });
-    if (threadIdx.x == 0) p.out[r] = first;
-    return;
-  }
-  if (p.top_k > 0 && p.top_k < count)
-    kept.least = find_cut<false>(row, kept, Mass(p.top_k), histogram, scratch, found).key;
-  if (p.dropped > 0) apply_top_p(row, kept, p.dropped, histogram, scratch, found);
-  kept.min_weight = p.min_weight;
-  const uint64_t seed = p.seeds ? uint64_t(p.seeds[entry]) : p.first_seed + uint64_t(entry);
-  const uint64_t position = p.position + uint64_t(r % p.rows_per_seed) + (p.offset ? uint64_t(*p.offset) : 0);
+  const Tools tools = take_tools(arena);
+  const int64_t r = blockIdx.x;
+  const auto row = row_of<T, cached>(p, r, arena.take<float>(cached ? int(p.vocabulary) : 0));
+  const Kept kept = prepare(row, tools);
+  const uint64_t seed = seed_of(p, r / p.tokens), position = position_of(p, r % p.tokens);
   const int token = find_index(
-      count, scratch, found, [&](int i) { return Mass(kept.weight(row[i], i)); },
+      row.count, tools, [&](int i) { return Mass(kept.weight(row[i], i)); },
       [&](Mass total) { return Mass(draw_below(total, seed, position, 0)); });
   if (threadIdx.x == 0) p.out[r] = token;
 }
@@ -278,14 +38,13 @@ __global__ void __launch_bounds__(256) exp_weights_kernel(const float* d, int32_
 Status sample_cuda(const Sample& p, void* stream) {
   if (p.vocabulary > max_vocabulary) return Status::unsupported;
   const int threads = p.vocabulary <= 8192 ? 256 : p.vocabulary <= 32768 ? 512 : 1024;
-  const size_t fixed = 2 * shared_bytes<uint32_t>(bins) + shared_bytes<Mass>(32) + shared_bytes<Found>(1) +
-                       shared_bytes<float>(32);
   const size_t cache = shared_bytes<float>(size_t(p.vocabulary));
-  const bool cached = cache <= largest_cache && fixed + cache <= max_shared_bytes();
+  const bool cached = cache <= largest_cache && tools_bytes + cache <= max_shared_bytes();
   return with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    if (cached) return ARIMG_LAUNCH((sample_kernel<T, true>), p.rows, threads, fixed + cache, stream, p);
-    return ARIMG_LAUNCH((sample_kernel<T, false>), p.rows, threads, fixed, stream, p);
+    if (cached)
+      return ARIMG_LAUNCH((sample_kernel<T, true>), p.rows, threads, tools_bytes + cache, stream, p);
+    return ARIMG_LAUNCH((sample_kernel<T, false>), p.rows, threads, tools_bytes, stream, p);
   });
 }
 
