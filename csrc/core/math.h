@@ -61,6 +61,16 @@ static ARIMG_HD float larger(float a, float b) {
   return a > b ? a : b;
 }  // b where either is NaN
 
+static ARIMG_HD float smaller(float a, float b) {
+  return a < b ? a : b;
+}  // b where either is NaN
+static ARIMG_HD int32_t bits(float x) {
+  return int32_t(float_bits(x));
+}
+static ARIMG_HD float select(bool condition, float a, float b) {
+  return condition ? a : b;
+}
+
 constexpr int32_t weight_one = 1 << 30;  // exp(0) in the units of exp_weight
 
 // exp(d) * 2^power for -60 <= d <= 0 and a normal result, with a relative error below 2^-22; exact at d = 0.
@@ -88,6 +98,29 @@ static ARIMG_HD F exp_times_power(F d, int power) {
 template <typename F>
 static ARIMG_HD auto exp_weight(F d) {
   return round_to_int(exp_times_power(larger(d, F(-22.5f)), 30));
+}
+
+// -log(1 - v), an exponentially distributed number, for 31 random bits v = (word / 2 + 1/2) 2^-31. Relative
+// error below 2^-21, near 0 too: small numbers, which decide who comes first, keep the resolution of v.
+//
+// 1 - v = 2^e m with m in [sqrt(1/2), sqrt(2)); log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), by its
+// series; where e is 0, m - 1 is taken as -v, which 1 - v has rounded.
+template <typename I>
+static ARIMG_HD auto exponential(I word) {
+  using F = decltype(to_float(word));
+  F v = multiply(to_float((word >> 1) & I(0x7fffffff)) + F(0.5f), F(0x1p-31f));
+  v = smaller(v, F(1.f - 0x1p-24f));
+  F y = F(1.f) - v;
+  I e = (bits(y) - I(0x3f3504f3)) >> 23;
+  F m = float_from_bits(bits(y) - (e << 23));
+  F s = divide(select(e == I(0), F(0.f) - v, m - F(1.f)), select(e == I(0), F(2.f) - v, m + F(1.f)));
+  F u = multiply(s, s);
+  F series = fma(u, F(0x1.c71c72p-4f), F(0x1.24924ap-3f));
+  series = fma(u, series, F(0x1.99999ap-3f));
+  series = fma(u, series, F(0x1.555556p-2f));
+  F twice = s + s;
+  F log_m = fma(multiply(twice, u), series, twice);
+  return fma(to_float(e), F(-0x1.62e43p-1f), multiply(log_m, F(-1.f)));
 }
 
 }  // namespace arimg

@@ -38,6 +38,7 @@ typedef float FloatVec __attribute__((vector_size(W * 4)));
 typedef int32_t IntVec __attribute__((vector_size(W * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(W * 4)));
 typedef uint16_t ShortVec __attribute__((vector_size(W * 2)));
+typedef uint8_t ByteVec __attribute__((vector_size(W)));
 
 struct I32 {
   IntVec v;
@@ -49,6 +50,15 @@ struct I32 {
     __builtin_memcpy(&r.v, p, sizeof(r.v));
     return r;
   }
+  // The first n bytes from p as numbers, the rest 0; reads nothing beyond p + n.
+  static ARIMG_INLINE I32 load_bytes(const uint8_t* p, int n = W) {
+    ByteVec b{};
+    if (n == W)
+      __builtin_memcpy(&b, p, sizeof(b));
+    else
+      for (int i = 0; i < n; ++i) b[i] = p[i];
+    return __builtin_convertvector(b, IntVec);
+  }
   ARIMG_INLINE void store(int32_t* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
   ARIMG_INLINE int32_t operator[](int i) const { return v[i]; }
 };
@@ -57,6 +67,13 @@ struct I32 {
 static ARIMG_INLINE I32 lane_index() {
   IntVec r;
   for (int i = 0; i < W; ++i) r[i] = i;
+  return r;
+}
+
+// Bit i of lane i.
+static ARIMG_INLINE I32 lane_bit() {
+  IntVec r;
+  for (int i = 0; i < W; ++i) r[i] = 1 << i;
   return r;
 }
 
@@ -91,6 +108,9 @@ ARIMG_INLINE Mask operator<(I32 a, I32 b) {
 }
 ARIMG_INLINE Mask operator>(I32 a, I32 b) {
   return {a.v > b.v};
+}
+ARIMG_INLINE Mask operator!=(I32 a, I32 b) {
+  return {a.v != b.v};
 }
 ARIMG_INLINE Mask operator==(I32 a, I32 b) {
   return {a.v == b.v};
@@ -206,8 +226,14 @@ ARIMG_INLINE F32 min(F32 a, F32 b) {
 ARIMG_INLINE F32 multiply(F32 a, F32 b) {
   return a * b;
 }
+ARIMG_INLINE F32 divide(F32 a, F32 b) {
+  return a / b;
+}
 ARIMG_INLINE F32 larger(F32 a, F32 b) {
   return max(a, b);
+}
+ARIMG_INLINE F32 smaller(F32 a, F32 b) {
+  return min(a, b);
 }
 
 // a * b + c, rounded once, on every level.
@@ -266,6 +292,27 @@ ARIMG_INLINE I32 bits(F32 a) {
 }
 ARIMG_INLINE F32 float_from_bits(I32 a) {
   return (FloatVec)a.v;
+}
+
+// The products of the lanes with m, unsigned, as their high and low words. Under the name of core/philox.h.
+ARIMG_INLINE void multiply_wide(I32 a, uint32_t m, I32& high, I32& low) {
+#if defined(__AVX512F__)
+  const __m512i x = (__m512i)a.v, by = _mm512_set1_epi32(int(m));
+  const __m512i even = _mm512_mul_epu32(x, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), by);
+  high = (IntVec)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  low = (IntVec)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+#elif ARIMG_WIDTH == 8
+  const __m256i x = (__m256i)a.v, by = _mm256_set1_epi32(int(m));
+  const __m256i even = _mm256_mul_epu32(x, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), by);
+  high = (IntVec)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low = (IntVec)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#else
+  for (int i = 0; i < W; ++i) {
+    const uint64_t product = uint64_t(uint32_t(a.v[i])) * m;
+    high.v[i] = int32_t(product >> 32);
+    low.v[i] = int32_t(product);
+  }
+#endif
 }
 
 // The sum of the lanes as unsigned numbers, in 64 bits.

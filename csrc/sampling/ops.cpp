@@ -1,62 +1,15 @@
 #include <memory>
 #include <optional>
+#include <tuple>
 
-#include "core/ops.h"
-#include "sampling/contract.h"
+#include "sampling/rows.h"
 
 namespace arimg {
 namespace {
 
-// A few tens of microseconds of work per thread at least.
-int64_t row_grain(int64_t vocabulary) {
-  return 1 + 16384 / (vocabulary + 1);
-}
-
-template <typename T>
-const T* values(const std::optional<Tensor>& t, const Tensor& like, ScalarType dtype, int64_t count,
-                const char* message) {
-  if (!t.has_value()) return nullptr;
-  require(
-      t->scalar_type() == dtype && t->is_contiguous() && t->numel() == count && t->device() == like.device(),
-      message);
-  return static_cast<const T*>(t->const_data_ptr());
-}
-
-// logits [entries, tokens, V] with contiguous rows at one stride, entries doubled by guidance.
-Tensor sample_op(const Tensor& logits, const std::optional<Tensor>& seeds, int64_t first_seed,
-                 const std::optional<Tensor>& offset, int64_t position, double temperature, int64_t top_k,
-                 double top_p, double min_p, std::optional<double> guidance,
-                 const std::optional<Tensor>& guidances) {
-  Sample p{};
-  p.guided = guidance.has_value() || guidances.has_value();
-  const int64_t halves = p.guided ? 2 : 1;
-  require(logits.dim() == 3 && logits.size(0) % halves == 0 && (logits.stride(2) == 1 || logits.size(2) == 1),
-          "arimg: expected logits [entries, tokens, V] with contiguous rows");
-  const int64_t entries = logits.size(0) / halves, tokens = logits.size(1);
-  require(entries * halves <= 1 || tokens <= 1 || logits.stride(0) == tokens * logits.stride(1),
-          "arimg: expected logits whose rows lie at one stride");
-  p.dtype = dtype_of(logits);
-  p.logits = logits.const_data_ptr();
-  p.row_stride = tokens == 1 ? logits.stride(0) : logits.stride(1);
-  p.rows = entries * tokens;
-  p.vocabulary = logits.size(2);
-  p.tokens = tokens;
-  p.seeds =
-      values<int64_t>(seeds, logits, ScalarType::Long, entries, "arimg: expected int64 seeds, one per row");
-  p.first_seed = uint64_t(first_seed);
-  p.offset = values<int64_t>(offset, logits, ScalarType::Long, 1, "arimg: expected an int64 position [1]");
-  p.position = uint64_t(position);
-  p.guidances = values<float>(guidances, logits, ScalarType::Float, entries,
-                              "arimg: expected float32 guidance, one per row");
-  p.guidance = float(guidance.value_or(1.0));
-  p.temperature = float(temperature);
-  p.top_k = top_k;
-  p.dropped = top_p < 1.0 ? 1.0 - top_p : 0.0;
-  p.min_weight = int32_t(__builtin_ceil(min_p * double(1 << 30)));
-  Tensor out = empty(logits, std::initializer_list<int64_t>{entries, tokens}, ScalarType::Long);
-  p.out = static_cast<int64_t*>(out.mutable_data_ptr());
-  if (p.rows == 0) return out;
-  require(p.vocabulary >= 1 && p.vocabulary <= max_vocabulary, "arimg: expected 1 to 2^24 logits per row");
+// Draws all rows of p.
+void run_sample(const Sample& p, const Tensor& logits) {
+  if (p.rows == 0) return;
   if (on_gpu(logits)) {
     GpuScope scope(logits);
     check(ARIMG_GPU(sample_cuda(p, scope.stream())), "sample");
@@ -66,7 +19,75 @@ Tensor sample_op(const Tensor& logits, const std::optional<Tensor>& seeds, int64
       ARIMG_CPU(sample)(p, begin, end, workspace.get());
     });
   }
+}
+
+Tensor sample_op(const Tensor& logits, const std::optional<Tensor>& seeds, int64_t first_seed,
+                 const std::optional<Tensor>& offset, int64_t position, double temperature, int64_t top_k,
+                 double top_p, double min_p, std::optional<double> guidance,
+                 const std::optional<Tensor>& guidances) {
+  Sample p{};
+  static_cast<Rows&>(p) = rows_of(logits, temperature, top_k, top_p, min_p, guidance, guidances);
+  const int64_t entries = logits.size(0) / (p.guided ? 2 : 1);
+  static_cast<Draws&>(p) = draws_of(logits, entries, seeds, first_seed, offset, position);
+  Tensor out = empty(logits, std::initializer_list<int64_t>{entries, p.tokens}, ScalarType::Long);
+  p.out = static_cast<int64_t*>(out.mutable_data_ptr());
+  run_sample(p, logits);
   return out;
+}
+
+// [entries, tokens, width], strides of 0 where rows share it.
+Plane plane_of(const std::optional<Tensor>& t, const Tensor& like, ScalarType dtype, int64_t entries,
+               int64_t tokens, int64_t width) {
+  if (!t.has_value()) return {};
+  require(t->scalar_type() == dtype && t->device() == like.device() && t->dim() == 3 &&
+              t->size(0) == entries && t->size(1) == tokens && t->size(2) == width &&
+              (t->stride(2) == 1 || width == 1),
+          "arimg: expected processors [entries, tokens, V] with contiguous rows");
+  return {t->const_data_ptr(), t->stride(0), t->stride(1)};
+}
+
+TokenSet set_of(const std::optional<Tensor>& t, const Tensor& like, int64_t entries, int64_t tokens,
+                int64_t vocabulary) {
+  const bool bits = t.has_value() && t->scalar_type() == ScalarType::Byte;
+  return {plane_of(t, like, bits ? ScalarType::Byte : ScalarType::Bool, entries, tokens,
+                   bits ? (vocabulary + 7) / 8 : vocabulary),
+          bits};
+}
+
+std::tuple<Tensor, Tensor> sample_with_op(
+    const Tensor& logits, const std::optional<Tensor>& seeds, int64_t first_seed,
+    const std::optional<Tensor>& offset, int64_t position, double temperature, int64_t top_k, double top_p,
+    double min_p, std::optional<double> guidance, const std::optional<Tensor>& guidances,
+    const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks,
+    const std::optional<Tensor>& top_ps, const std::optional<Tensor>& min_ps,
+    const std::optional<Tensor>& seen, double penalty, const std::optional<Tensor>& factor,
+    bool multiply_negative, const std::optional<Tensor>& bias, const std::optional<Tensor>& allowed,
+    const std::optional<Tensor>& forced, bool gumbel, bool facts) {
+  Sample p{};
+  static_cast<Rows&>(p) = rows_of(logits, temperature, top_k, top_p, min_p, guidance, guidances);
+  const int64_t entries = logits.size(0) / (p.guided ? 2 : 1), tokens = p.tokens, width = p.vocabulary;
+  static_cast<Draws&>(p) = draws_of(logits, entries, seeds, first_seed, offset, position);
+  constexpr const char* one_each = "arimg: expected temperature, top_k, top_p and min_p of one per row";
+  p.temperatures = values<float>(temperatures, logits, ScalarType::Float, entries, one_each);
+  p.top_ks = values<int64_t>(top_ks, logits, ScalarType::Long, entries, one_each);
+  p.top_ps = values<float>(top_ps, logits, ScalarType::Float, entries, one_each);
+  p.min_ps = values<float>(min_ps, logits, ScalarType::Float, entries, one_each);
+  p.processors = {set_of(seen, logits, entries, tokens, width),
+                  float(penalty),
+                  plane_of(factor, logits, ScalarType::Float, entries, tokens, width),
+                  multiply_negative,
+                  plane_of(bias, logits, ScalarType::Float, entries, tokens, width),
+                  set_of(allowed, logits, entries, tokens, width)};
+  p.processed = seen.has_value() || factor.has_value() || bias.has_value() || allowed.has_value();
+  p.forced = values<int64_t>(forced, logits, ScalarType::Long, p.rows, "arimg: expected int64 forced tokens");
+  p.gumbel = gumbel;
+  Tensor out = empty(logits, std::initializer_list<int64_t>{entries, tokens}, ScalarType::Long);
+  Tensor told =
+      empty(logits, std::initializer_list<int64_t>{facts ? entries : 0, tokens, 3}, ScalarType::Long);
+  p.out = static_cast<int64_t*>(out.mutable_data_ptr());
+  p.facts = facts ? static_cast<int64_t*>(told.mutable_data_ptr()) : nullptr;
+  run_sample(p, logits);
+  return {out, told};
 }
 
 Tensor philox_uniform_op(const Tensor& seeds, int64_t position, int64_t n, int64_t draw) {
@@ -105,6 +126,21 @@ Tensor exp_weights_op(const Tensor& d) {
   return out;
 }
 
+Tensor exponentials_op(const Tensor& words) {
+  require(words.dim() == 1 && words.is_contiguous() && words.scalar_type() == ScalarType::Int,
+          "arimg: expected int32 [N]");
+  Tensor out = empty(words, std::initializer_list<int64_t>{words.size(0)}, ScalarType::Float);
+  auto* from = static_cast<const int32_t*>(words.const_data_ptr());
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  if (on_gpu(words)) {
+    GpuScope scope(words);
+    check(ARIMG_GPU(exponentials_cuda(from, to, words.size(0), scope.stream())), "exponentials");
+  } else {
+    ARIMG_CPU(exponentials)(from, to, words.size(0));
+  }
+  return out;
+}
+
 }  // namespace
 
 ARIMG_OPS_SCHEMAS(m) {
@@ -112,12 +148,21 @@ ARIMG_OPS_SCHEMAS(m) {
       "sample(Tensor logits, Tensor? seeds, int first_seed, Tensor? offset, int position, "
       "float temperature, int top_k, float top_p, float min_p, float? guidance, Tensor? guidances) -> "
       "Tensor");
+  m.def(
+      "sample_with(Tensor logits, Tensor? seeds, int first_seed, Tensor? offset, int position, "
+      "float temperature, int top_k, float top_p, float min_p, float? guidance, Tensor? guidances, "
+      "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seen, float penalty, "
+      "Tensor? factor, bool multiply_negative, Tensor? bias, Tensor? allowed, Tensor? forced, bool gumbel, "
+      "bool facts) -> (Tensor, Tensor)");
+  m.def("exponentials(Tensor words) -> Tensor");
   m.def("philox_uniform(Tensor seeds, int position, int n, int draw) -> Tensor");
   m.def("exp_weights(Tensor d) -> Tensor");
 }
 
 ARIMG_OPS_IMPLEMENTATIONS(m) {
   m.impl("sample", TORCH_BOX(&sample_op));
+  m.impl("sample_with", TORCH_BOX(&sample_with_op));
+  m.impl("exponentials", TORCH_BOX(&exponentials_op));
   m.impl("philox_uniform", TORCH_BOX(&philox_uniform_op));
   m.impl("exp_weights", TORCH_BOX(&exp_weights_op));
 }

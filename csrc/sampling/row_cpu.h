@@ -64,6 +64,55 @@ static float fill(const Transform& f, const T* cond, const T* uncond, const List
   return reduce_max(top);
 }
 
+// --- processors, in place on a row (contract.h) ------------------------------------------------------------
+
+// f(x, i) for the vectors of a row: tokens [i, i + W), of which those from row.count on do not matter.
+template <typename F>
+static ARIMG_INLINE void for_each(const List& row, F&& f) {
+  for (int64_t i = 0; i < row.count; i += W) f(F32::load(row.x + i), i).store(row.x + i);
+}
+
+// The floats of tokens [i, i + W); reads nothing from `count` on.
+static ARIMG_INLINE F32 floats_at(const float* p, int64_t i, int64_t count) {
+  return i + W <= count ? F32::load(p + i) : F32::load_partial(p + i, int(count - i));
+}
+
+// Which of the tokens [i, i + W) are members.
+static ARIMG_INLINE Mask members_at(const uint8_t* set, bool bits, int64_t i, int64_t count) {
+  if (!bits) return I32::load_bytes(set + i, i + W <= count ? W : int(count - i)) != I32(0);
+  int32_t word = set[i / 8];
+  if (W > 8 && i + 8 < count) word |= set[i / 8 + 1] << 8;
+  const I32 bit = lane_bit() << int(i % 8);
+  return (I32(word) & bit) == bit;
+}
+
+// Gives the largest x.
+static inline float process(const Rows& p, int64_t r, float temperature, const List& row) {
+  const Processors& q = p.processors;
+  if (auto* seen = row_at<uint8_t>(q.seen.plane, p, r)) {
+    const F32 penalty(q.penalty);
+    for_each(row, [&](F32 x, int64_t i) {
+      F32 less = select(x < F32(0.f), x * penalty, x / penalty);
+      return select(members_at(seen, q.seen.bits, i, row.count), less, x);
+    });
+  }
+  if (auto* factor = row_at<float>(q.factor, p, r)) {
+    for_each(row, [&](F32 x, int64_t i) {
+      F32 by = floats_at(factor, i, row.count);
+      return q.multiply_negative ? x * by : select(x < F32(0.f), x / by, x * by);
+    });
+  }
+  if (auto* bias = row_at<float>(q.bias, p, r))
+    for_each(row, [&](F32 x, int64_t i) { return x + floats_at(bias, i, row.count); });
+  if (auto* allowed = row_at<uint8_t>(q.allowed.plane, p, r)) {
+    for_each(row, [&](F32 x, int64_t i) {
+      return select(members_at(allowed, q.allowed.bits, i, row.count), x, F32(-infinity));
+    });
+  }
+  const Transform finish{F32(1.f), F32(0.f), F32(temperature), false, temperature != 1.f};
+  return fill<false>(finish, row.x, row.x, row);
+}
+
 // --- thresholds --------------------------------------------------------------------------------------------
 
 struct Tally {
@@ -293,11 +342,13 @@ struct Prepared {
 template <typename T>
 static Prepared prepare(const Rows& p, int64_t r, const Workspace& w) {
   const Settings set = settings_of(p, r / p.tokens);
-  const Transform f{F32(set.s), F32(set.t), F32(set.temperature), p.guided, set.temperature != 1.f};
+  const bool tempered = set.temperature != 1.f && !p.processed;
+  const Transform f{F32(set.s), F32(set.t), F32(set.temperature), p.guided, tempered};
   const T* cond = (const T*)p.logits + r * p.row_stride;
   const T* uncond = cond + p.rows * p.row_stride;
   List row = w.row;
-  const float top = p.guided ? fill<true>(f, cond, uncond, row) : fill<false>(f, cond, cond, row);
+  float top = p.guided ? fill<true>(f, cond, uncond, row) : fill<false>(f, cond, cond, row);
+  if (p.processed) top = process(p, r, set.temperature, row);
   if (top == -infinity) return {only(w, 0), top};
   if (set.top_k == 1) return {only(w, first_at(row, top)), top};
 

@@ -22,18 +22,55 @@ __device__ __forceinline__ uint32_t key(float x) {
   return b ^ (b >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
+__device__ __forceinline__ bool is_member(const uint8_t* set, bool bits, int i) {
+  return bits ? set[i >> 3] >> (i & 7) & 1 : set[i] != 0;
+}
+
+// The processors as one row meets them; nullptr: none.
+struct RowProcessors {
+  const uint8_t* seen;
+  const float* factor;
+  const float* bias;
+  const uint8_t* allowed;
+  float penalty;
+  bool seen_bits, allowed_bits, multiply_negative;
+
+  __device__ __forceinline__ float operator()(float x, int i) const {
+    if (seen != nullptr && is_member(seen, seen_bits, i))
+      x = x < 0 ? multiply(x, penalty) : divide(x, penalty);
+    if (factor != nullptr) x = x < 0 && !multiply_negative ? divide(x, factor[i]) : multiply(x, factor[i]);
+    if (bias != nullptr) x = x + bias[i];
+    if (allowed != nullptr && !is_member(allowed, allowed_bits, i)) x = -INFINITY;
+    return x;
+  }
+};
+
+__device__ __forceinline__ RowProcessors processors_of(const Rows& p, int64_t r) {
+  const Processors& q = p.processors;
+  return {row_at<uint8_t>(q.seen.plane, p, r),
+          row_at<float>(q.factor, p, r),
+          row_at<float>(q.bias, p, r),
+          row_at<uint8_t>(q.allowed.plane, p, r),
+          q.penalty,
+          q.seen.bits,
+          q.allowed.bits,
+          q.multiply_negative};
+}
+
 // x of a row, from shared memory or, where the row does not fit, from the logits each time.
-template <typename T, bool cached>
+template <typename T, bool cached, bool processed>
 struct Row {
   const T* cond;
   const T* uncond;  // nullptr: no guidance
   Settings set;
   int count;
   Shared<float> cache;
+  RowProcessors processors;
 
   __device__ __forceinline__ float transform(int i) const {
     float x = to_float(cond[i]);
     if (uncond != nullptr) x = fma(set.s, x, multiply(set.t, to_float(uncond[i])));
+    if constexpr (processed) x = processors(x == x ? x : -INFINITY, i);
     if (set.temperature != 1.f) x = divide(x, set.temperature);
     return x == x ? x + 0.f : -INFINITY;
   }
@@ -235,17 +272,23 @@ __device__ __forceinline__ Tools take_tools(SharedArena& arena) {
 }
 
 // Row r of p; `cache` has room for its entries, or none. Usable after prepare().
-template <typename T, bool cached>
-__device__ __forceinline__ Row<T, cached> row_of(const Rows& p, int64_t r, Shared<float> cache) {
+template <typename T, bool cached, bool processed>
+__device__ __forceinline__ Row<T, cached, processed> row_of(const Rows& p, int64_t r, Shared<float> cache) {
   const T* cond = static_cast<const T*>(p.logits) + r * p.row_stride;
-  return {cond, p.guided ? cond + p.rows * p.row_stride : nullptr, settings_of(p, r / p.tokens),
-          int(p.vocabulary), cache};
+  Row<T, cached, processed> row{cond,
+                                p.guided ? cond + p.rows * p.row_stride : nullptr,
+                                settings_of(p, r / p.tokens),
+                                int(p.vocabulary),
+                                cache,
+                                {}};
+  if constexpr (processed) row.processors = processors_of(p, r);
+  return row;
 }
 
 // Fills the cache; what the filters keep of the row. A row always keeps something: without any x above -inf
 // its first entry. All threads take part.
-template <typename T, bool cached>
-__device__ __forceinline__ Kept prepare(const Row<T, cached>& row, const Tools& tools) {
+template <typename T, bool cached, bool processed>
+__device__ __forceinline__ Kept prepare(const Row<T, cached, processed>& row, const Tools& tools) {
   float top = -INFINITY;
   for (int i = threadIdx.x; i < row.count; i += blockDim.x) {
     const float x = row.transform(i);

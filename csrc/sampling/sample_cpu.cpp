@@ -1,6 +1,6 @@
 // See contract.h; the row itself is prepared by row_cpu.h.
-#include "core/philox.h"
 #include "sampling/contract.h"
+#include "sampling/numbers_cpu.h"
 #include "sampling/row_cpu.h"
 
 namespace arimg {
@@ -28,11 +28,70 @@ static int64_t draw(const List& row, uint64_t seed, uint64_t position) {
   return i;
 }
 
+// The entry with the smallest exponential(number of its token) / weight. `numbers` has room for the tokens'
+// words.
+static int64_t choose(const List& row, int64_t vocabulary, uint64_t seed, uint64_t position,
+                      int32_t* numbers) {
+  philox_numbers(seed, position, 0, vocabulary, numbers);
+  F32 best(infinity);
+  I32 where(0), entry = lane_index();
+  for (int64_t i = 0; i < row.count; i += W) {
+    I32 word;
+    if (row.index) {
+      for (int lane = 0; lane < W && i + lane < row.count; ++lane)
+        word.v[lane] = numbers[row.index[i + lane]];
+    } else {
+      word = I32::load(numbers + i);
+    }
+    const I32 weight = I32::load(row.weight + i);
+    const F32 time = select(weight > I32(0), exponential(word) / to_float(weight), F32(infinity));
+    const Mask sooner = time < best;
+    best = select(sooner, time, best);
+    where = select(sooner, entry, where);
+    entry = entry + I32(W);
+  }
+  int found = 0;
+  for (int lane = 1; lane < W; ++lane)
+    if (best[lane] < best[found] || (best[lane] == best[found] && where[lane] < where[found])) found = lane;
+  return where[found];
+}
+
+static int64_t weight_of(const List& list, int64_t token) {
+  if (!list.index) return token < list.count ? list.weight[token] : 0;
+  for (int64_t i = 0; i < list.count; ++i)
+    if (list.index[i] == token) return list.weight[i];
+  return 0;
+}
+
+// See `facts` of the contract. The rounded products make a sum without an order.
+static void write_facts(const Prepared& row, int64_t token, int64_t* facts) {
+  const List& list = row.list;
+  WideSum total, spread;
+  for (int64_t i = 0; i < list.count; i += W) {
+    const F32 x = F32::load(list.x + i);
+    const I32 weight = I32::load(list.weight + i);
+    total.add(weight);
+    const F32 below = select(weight > I32(0), F32(row.top) - x, F32(0.f));
+    spread.add(round_to_int(select(x == F32(row.top), F32(0.f), to_float(weight) * below)));
+  }
+  facts[0] = weight_of(list, token);
+  facts[1] = int64_t(total.total());
+  facts[2] = int64_t(spread.total());
+}
+
 template <typename T>
 static int64_t sample_row(const Sample& p, int64_t r, const Workspace& w) {
-  const List row = prepare<T>(p, r, w).list;
-  if (row.count == 1) return token_at(row, 0);
-  return token_at(row, draw(row, seed_of(p, r / p.tokens), position_of(p, r % p.tokens)));
+  const int64_t forced = p.forced ? p.forced[r] : -1;
+  if (forced >= 0 && !p.facts) return forced;
+  const Prepared row = prepare<T>(p, r, w);
+  const List& list = row.list;
+  const uint64_t seed = seed_of(p, r / p.tokens), position = position_of(p, r % p.tokens);
+  const int64_t entry = list.count == 1 ? 0
+                        : p.gumbel      ? choose(list, p.vocabulary, seed, position, w.spare.weight)
+                                        : draw(list, seed, position);
+  const int64_t token = forced >= 0 ? forced : token_at(list, entry);
+  if (p.facts) write_facts(row, token, p.facts + 3 * r);
+  return token;
 }
 
 void sample(const Sample& p, int64_t begin, int64_t end, void* workspace) {
@@ -54,6 +113,12 @@ void exp_weights(const float* d, int32_t* weights, int64_t count) {
   int64_t i = 0;
   for (; i + W <= count; i += W) exp_weight(F32::load(d + i)).store(weights + i);
   for (; i < count; ++i) weights[i] = exp_weight(d[i]);
+}
+
+void exponentials(const int32_t* words, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) exponential(I32::load(words + i)).store(out + i);
+  for (; i < count; ++i) out[i] = exponential(words[i]);
 }
 
 }  // namespace ARIMG_SIMD

@@ -24,9 +24,11 @@ from arimg.ops.quantize_codes import (
     unpack_signs,
 )
 from arimg.ops.quantize_statistics import code_statistics, code_usage, kmeans
-from arimg.ops.sampling import philox_uniform, sample
+from arimg.ops.sampling import Drawn, philox_uniform, sample
+from arimg.reference.sampling import frequency_factor
 
 __all__ = [
+    "Drawn",
     "accumulate_",
     "append_qk_norm_",
     "area_down",
@@ -42,6 +44,7 @@ __all__ = [
     "encode_parts",
     "features",
     "frequency_bands",
+    "frequency_factor",
     "fsq",
     "fsq_codes",
     "gated_residual",

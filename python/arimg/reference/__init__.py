@@ -24,7 +24,7 @@ from arimg.reference.quantize_codes import (
     unpack_signs,
 )
 from arimg.reference.quantize_statistics import code_statistics, code_usage, kmeans
-from arimg.reference.sampling import philox_uniform, sample
+from arimg.reference.sampling import frequency_factor, philox_uniform, sample
 
 __all__ = [
     "accumulate_",
@@ -40,6 +40,7 @@ __all__ = [
     "encode",
     "features",
     "frequency_bands",
+    "frequency_factor",
     "fsq",
     "fsq_codes",
     "gated_residual",

@@ -1,0 +1,63 @@
+// Tensors -> Rows and Draws (contract.h), for the family's ops files.
+#pragma once
+
+#include <optional>
+
+#include "core/ops.h"
+#include "sampling/contract.h"
+
+namespace arimg {
+
+// A few tens of microseconds of work per thread at least.
+inline int64_t row_grain(int64_t vocabulary) {
+  return 1 + 16384 / (vocabulary + 1);
+}
+
+template <typename T>
+const T* values(const std::optional<Tensor>& t, const Tensor& like, ScalarType dtype, int64_t count,
+                const char* message) {
+  if (!t.has_value()) return nullptr;
+  require(
+      t->scalar_type() == dtype && t->is_contiguous() && t->numel() == count && t->device() == like.device(),
+      message);
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+// logits [entries, tokens, V] with contiguous rows at one stride, entries doubled by guidance.
+inline Rows rows_of(const Tensor& logits, double temperature, int64_t top_k, double top_p, double min_p,
+                    std::optional<double> guidance, const std::optional<Tensor>& guidances) {
+  Rows p{};
+  p.guided = guidance.has_value() || guidances.has_value();
+  const int64_t halves = p.guided ? 2 : 1;
+  require(logits.dim() == 3 && logits.size(0) % halves == 0 && (logits.stride(2) == 1 || logits.size(2) == 1),
+          "arimg: expected logits [entries, tokens, V] with contiguous rows");
+  const int64_t entries = logits.size(0) / halves, tokens = logits.size(1);
+  require(entries * halves <= 1 || tokens <= 1 || logits.stride(0) == tokens * logits.stride(1),
+          "arimg: expected logits whose rows lie at one stride");
+  p.dtype = dtype_of(logits);
+  p.logits = logits.const_data_ptr();
+  p.row_stride = tokens == 1 ? logits.stride(0) : logits.stride(1);
+  p.rows = entries * tokens;
+  p.vocabulary = logits.size(2);
+  p.tokens = tokens;
+  p.guidance = float(guidance.value_or(1.0));
+  p.guidances = values<float>(guidances, logits, ScalarType::Float, entries,
+                              "arimg: expected float32 guidance, one per row");
+  p.temperature = float(temperature);
+  p.top_k = top_k;
+  p.dropped = top_p < 1.0 ? 1.0 - top_p : 0.0;
+  p.min_weight = int32_t(__builtin_ceil(min_p * double(1 << 30)));
+  require(p.rows == 0 || (p.vocabulary >= 1 && p.vocabulary <= max_vocabulary),
+          "arimg: expected 1 to 2^24 logits per row");
+  return p;
+}
+
+inline Draws draws_of(const Tensor& like, int64_t entries, const std::optional<Tensor>& seeds,
+                      int64_t first_seed, const std::optional<Tensor>& offset, int64_t position) {
+  return {values<int64_t>(seeds, like, ScalarType::Long, entries, "arimg: expected int64 seeds, one per row"),
+          uint64_t(first_seed),
+          values<int64_t>(offset, like, ScalarType::Long, 1, "arimg: expected an int64 position [1]"),
+          uint64_t(position)};
+}
+
+}  // namespace arimg
