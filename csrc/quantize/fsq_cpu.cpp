@@ -14,9 +14,6 @@ static ARIMG_INLINE F32 magnitude(F32 x) {
 static ARIMG_INLINE F32 with_sign_of(F32 x, F32 sign) {
   return float_from_bits(bits(x) | (bits(sign) & I32(int32_t(0x80000000u))));
 }
-static ARIMG_INLINE F32 divide(F32 a, F32 b) {
-  return a / b;
-}
 
 static constexpr int CONSTANTS = 6;  // the most that a kernel reads per dimension
 

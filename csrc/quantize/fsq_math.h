@@ -12,9 +12,6 @@ static ARIMG_HD float magnitude(float x) {
 static ARIMG_HD float with_sign_of(float x, float sign) {
   return bits_float(float_bits(x) | (float_bits(sign) & 0x80000000u));
 }
-static ARIMG_HD float select(bool condition, float a, float b) {
-  return condition ? a : b;
-}
 
 // exp(-2 |x|); beyond |x| = 20 it changes neither tanh nor a sum with 1. NaN gives a number.
 template <typename F>
