@@ -161,6 +161,18 @@ def test_replacing_dead_codes_fills_the_codebook():
     assert used[0] < 8 and used[1] > 40
 
 
+def test_a_loaded_codebook_starts_as_it_says():
+    trained = nn.VectorQuantize(8, 20, kmeans_init=True)
+    fresh = nn.VectorQuantize(8, 20)
+    fresh.load_state_dict(trained.state_dict())
+    fresh.eval()(tokens(2, 30, 8))  # not started yet: by k-means, now
+    assert fresh._codebook.initted and fresh.codebook.abs().sum() > 0
+    again = nn.VectorQuantize(8, 20, kmeans_init=True)
+    again.load_state_dict(fresh.state_dict())
+    again.eval()(tokens(2, 30, 8, seed=5))
+    assert torch.equal(again.codebook, fresh.codebook)
+
+
 def test_half_precision_inputs_keep_their_dtype():
     vq = nn.VectorQuantize(8, 50)
     x = tokens(2, 9, 8).bfloat16()

@@ -141,17 +141,18 @@ static ARIMG_INLINE F32 take_digits(F32& rest, F32 level) {
 template <typename T>
 static void codes_of_rows(const FsqCodes& p, int64_t row) {  // W rows
   const FsqLevels& l = p.levels;
+  const int d = l.dims;
   float values[W], codes[fsq_max_dims][W];
   for (int r = 0; r < W; ++r) values[r] = float(wrapped_index(p.index[row + r], l.count));
   F32 rest = F32::load(values);
-  for (int c = 0; c < l.dims; ++c) {
+  for (int c = 0; c < d; ++c) {
     F32 width(l.width[c]);
     F32 k = take_digits(rest, F32(float(l.level[c]))) - width;
     level_value(k, width, F32(l.inverse[c])).store(codes[c]);
   }
-  T* out = (T*)p.codes + row * l.dims;
-  for (int r = 0; r < W; ++r)
-    for (int c = 0; c < l.dims; ++c) *out++ = from_float<T>(codes[c][r]);
+  T* out = (T*)p.codes + row * d;
+  for (int c = 0; c < d; ++c)
+    for (int r = 0; r < W; ++r) out[r * d + c] = from_float<T>(codes[c][r]);
 }
 
 void fsq_codes(const FsqCodes& p, int64_t begin, int64_t end) {

@@ -61,6 +61,12 @@ def refuse(what: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
             raise ValueError(f"{what} does not offer {name}: expected {defaults[name]!r}, got {value!r}")
 
 
+def _processes() -> int:
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready else 1
+
+
 class Codebook(nn.Module):
     """Codes [heads, K, D] that follow the mean of their rows (exponential moving average), or are trained."""
 
@@ -132,7 +138,7 @@ class Codebook(nn.Module):
         """Move counts and sums by 1 - decay towards those of these rows, then the codes."""
         if not self.ema_update and self.threshold_ema_dead_code <= 0:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _processes() > 1:
             raise RuntimeError("expected one process: codebooks are not synchronised between several")
         if mask is not None:
             index = index.masked_fill(~mask, -1)
@@ -171,6 +177,10 @@ class Codebook(nn.Module):
             self.embed.data[head, codes] = drawn
             self.cluster_size[head, codes] = float(self.threshold_ema_dead_code)
             self.embed_avg[head, codes] = drawn * self.threshold_ema_dead_code
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *others)
+        self._ready = bool(self.initted)
 
     @torch.no_grad()
     def _start(self, x: Tensor, mask: Tensor | None) -> None:

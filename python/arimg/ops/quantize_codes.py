@@ -35,9 +35,14 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     levels = _checked_levels(levels)
     if z.dim() == 0 or z.shape[-1] != len(levels):
         raise ValueError(f"expected z [..., {len(levels)}], got {list(z.shape)}")
-    if kernels(z.detach()) is None:
+    ops = kernels(z.detach())
+    if ops is None:
         return reference.fsq(z, levels)
-    codes, indices = _FSQ.apply(z.reshape(-1, len(levels)), levels)
+    rows = z.reshape(-1, len(levels))
+    if torch.is_grad_enabled() and z.requires_grad:
+        codes, indices = _FSQ.apply(rows, levels)
+    else:
+        codes, indices = ops.fsq(rows.contiguous(), levels)
     return codes.view(z.shape), indices.view(z.shape[:-1])
 
 
