@@ -198,6 +198,21 @@ def test_binary_autoencoder_codes_are_sums_of_embeddings(backend):
     assert torch.equal(ops.unpack_bits(ops.pack_bits(bits > 0), 16), x > 0)
 
 
+@pytest.mark.parametrize(
+    "name, arguments", [("sign_codes", {}), ("sign_codes", {"scale": 0.5}), ("bernoulli_bits", {"seed": 3})]
+)
+def test_the_reference_has_the_same_gradient(name, arguments):
+    grads = []
+    for package in (ops, reference):
+        z = make(4, 7, 12).requires_grad_()
+        out = getattr(package, name)(z, **arguments)
+        codes = out[0] if isinstance(out, tuple) else out
+        codes.backward(make(4, 7, 12, seed=1))
+        grads.append((z.grad, codes.detach()))
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+    assert torch.equal(grads[0][1], grads[1][1])
+
+
 # --- registration and refusals ----------------------------------------------------------------------------
 
 
