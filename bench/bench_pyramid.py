@@ -63,12 +63,96 @@ def test_accumulate(images: int, side: int, peer: str, measure: Callable[..., fl
 
 
 @pytest.mark.parametrize("peer", [OURS, "torch"])
-@pytest.mark.parametrize("kind", ["area_down", "bicubic_up"])
-def test_resample(kind: str, peer: str, measure: Callable[..., float]) -> None:
-    small, large = (10, 10), (16, 16)
-    x = torch.randn(8, CHANNELS, *(large if kind == "area_down" else small))
-    size = small if kind == "area_down" else large
-    ours, theirs = getattr(ops, kind), getattr(reference, kind)
-    assert torch.allclose(ours(x, size), theirs(x, size), atol=1e-5)
-    function = {OURS: ours, "torch": theirs}[peer]
-    measure(f"{kind}, 8 x 32", peer, lambda: function(x, size), bytes=4 * 8 * 32 * (100 + 256))
+@pytest.mark.parametrize("images", [1, 8])
+def test_features(images: int, peer: str, measure: Callable[..., float]) -> None:
+    f, *rest = tensors(images, 256)
+    indices, f_hat = ops.encode(f, *rest, SCALES, PHI)
+    arguments = (indices, *rest, SCALES, PHI)
+    assert torch.allclose(reference.features(*arguments), f_hat, atol=1e-4)
+    function = {OURS: ops.features, "torch": reference.features}[peer]
+    flops = images * len(SCALES) * 2 * 9 * CHANNELS * CHANNELS * SIZE[0] * SIZE[1]
+    measure(f"VAR features, {images} x 32 x 16 x 16", peer, lambda: function(*arguments), flops=flops)
+
+
+@pytest.mark.parametrize("peer", [OURS, "torch"])
+def test_encode_signs(peer: str, measure: Callable[..., float]) -> None:
+    """Infinity's tokenizer at 256 px: no codebook, no phi, bilinear."""
+    f = tensors(8, 1)[0]
+    arguments = {"f": f, "codebook": None, "scales": SCALES, "up": "bilinear"}
+    ours, theirs = ops.encode(**arguments), reference.encode(**arguments)
+    equal = [bool((i == j).all()) for i, j in zip(ours[0], theirs[0])]
+    assert sum(equal) >= len(SCALES) - 2, equal
+    function = {OURS: ops.encode, "torch": reference.encode}[peer]
+    measure("sign encode, 8 x 32 x 16 x 16, 10 scales", peer, lambda: function(**arguments))
+
+
+RESIZES = [
+    ("area", (16, 16), (10, 10)),
+    ("bilinear", (10, 10), (16, 16)),
+    ("bicubic", (10, 10), (16, 16)),
+    ("area", (64, 64), (16, 16)),
+    ("bicubic", (16, 16), (64, 64)),
+]
+
+
+@pytest.mark.parametrize("peer", [OURS, "torch", "copy of the same bytes"])
+@pytest.mark.parametrize("mode, size, to", RESIZES)
+def test_resize(mode: str, size: tuple, to: tuple, peer: str, measure: Callable[..., float]) -> None:
+    x = torch.randn(8 if SMOKE else 64, CHANNELS, *size)
+    assert torch.allclose(ops.resize(x, to, mode), reference.resize(x, to, mode), atol=1e-5)
+    moved = x.numel() + x[..., 0, 0].numel() * to[0] * to[1]
+    source, target = torch.zeros(moved // 2), torch.zeros(moved // 2)
+    function = {
+        OURS: lambda: ops.resize(x, to, mode),
+        "torch": lambda: reference.resize(x, to, mode),
+        "copy of the same bytes": lambda: target.copy_(source),
+    }[peer]
+    measure(f"{mode}, {len(x)} x 32, {size[0]} to {to[0]}", peer, function, bytes=4 * moved)
+
+
+@pytest.mark.parametrize("peer", [OURS, "torch"])
+@pytest.mark.parametrize("mode, size, to", RESIZES[:3])
+def test_resize_gradient(mode: str, size: tuple, to: tuple, peer: str, measure: Callable[..., float]) -> None:
+    x = torch.randn(8 if SMOKE else 64, CHANNELS, *size).requires_grad_()
+    ours, theirs = ops.resize(x, to, mode), reference.resize(x, to, mode)
+    grad = torch.randn_like(ours)
+
+    def back(y: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+
+    assert torch.allclose(back(ours), back(theirs), atol=1e-5)
+    y = {OURS: ours, "torch": theirs}[peer]
+    name = f"gradient of {mode}, {len(x)} x 32, {size[0]} to {to[0]}"
+    measure(name, peer, lambda: back(y), bytes=4 * (x.numel() + grad.numel()))
+
+
+@pytest.mark.parametrize("peer", [OURS, "torch"])
+def test_pool_tokens(peer: str, measure: Callable[..., float]) -> None:
+    x = torch.randn(2, 16, 1024, 64)
+    arguments = (x, (32, 32), (16, 16))
+    assert torch.allclose(ops.pool_tokens(*arguments), reference.pool_tokens(*arguments), atol=1e-5)
+    function = {OURS: ops.pool_tokens, "torch": reference.pool_tokens}[peer]
+    measure(
+        "pool_tokens, 2 x 16 x 32^2 x 64 to 16^2", peer, lambda: function(*arguments), bytes=5 * x.numel()
+    )
+
+
+@pytest.mark.parametrize("peer", [OURS, "copy"])
+@pytest.mark.parametrize("channels", [32, 1024])
+def test_token_shuffle(channels: int, peer: str, measure: Callable[..., float]) -> None:
+    x = torch.randn(2, 1024, channels)
+    function = {OURS: lambda: ops.token_shuffle(x, 2, (32, 32)), "copy": x.clone}[peer]
+    measure(f"token_shuffle, 2 x 32^2 x {channels}, 2 x 2", peer, function, bytes=8 * x.numel())
+
+
+@pytest.mark.parametrize("peer", [OURS, "torch fft"])
+def test_frequency_bands(peer: str, measure: Callable[..., float]) -> None:
+    f = tensors(8, 1)[0]
+    ours, theirs = ops.frequency_bands, reference.frequency_bands
+    assert torch.allclose(ours(f, SCALES), theirs(f, SCALES), atol=1e-5)
+    masks = reference.band_masks(SIZE, SCALES)[:, None, None, :, : SIZE[1] // 2 + 1]
+    function = {
+        OURS: lambda: ours(f, SCALES),
+        "torch fft": lambda: torch.fft.irfft2(torch.fft.rfft2(f) * masks, s=SIZE),
+    }[peer]
+    measure("frequency_bands, 8 x 32 x 16 x 16, 10 bands", peer, function, bytes=4 * 11 * f.numel())

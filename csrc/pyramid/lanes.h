@@ -105,22 +105,45 @@ static Bands make_bands(const Axis& a, float* memory) {
   return bands;
 }
 
-// to[i] = sum of weight[k] * from[k * stride + i] over k in [0, count) and for i in [0, n).
-template <typename From, typename To>
-static ARIMG_INLINE void weighted_sum(const float* weight, int count, const From* from, int64_t stride,
-                                      To* to, int64_t n) {
+// N > 0: as many terms, their weights in registers; N = 0: `count` terms.
+template <int N, typename From, typename To>
+static ARIMG_INLINE void sum_terms(const float* weight, int count, const From* from, int64_t stride, To* to,
+                                   int64_t n) {
+  if (N > 0) count = N;
+  F32 w[N > 0 ? N : 1];
+  for (int k = 0; k < N; ++k) w[k] = F32(weight[k]);
+  auto weight_of = [&](int k) { return N > 0 ? w[k] : F32(weight[k]); };
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    F32 sum = count == 0 ? F32(0.f) : F32(weight[0]) * F32::load(from + i);
-    for (int k = 1; k < count; ++k) sum = mul_add(F32(weight[k]), F32::load(from + k * stride + i), sum);
+    F32 sum = count == 0 ? F32(0.f) : weight_of(0) * F32::load(from + i);
+#pragma GCC unroll 4
+    for (int k = 1; k < count; ++k) sum = mul_add(weight_of(k), F32::load(from + k * stride + i), sum);
     sum.store(to + i);
   }
   if (i == n) return;
   int rest = int(n - i);
-  F32 sum = count == 0 ? F32(0.f) : F32(weight[0]) * F32::load_partial(from + i, rest);
+  F32 sum = count == 0 ? F32(0.f) : weight_of(0) * F32::load_partial(from + i, rest);
   for (int k = 1; k < count; ++k)
-    sum = mul_add(F32(weight[k]), F32::load_partial(from + k * stride + i, rest), sum);
+    sum = mul_add(weight_of(k), F32::load_partial(from + k * stride + i, rest), sum);
   sum.store_partial(to + i, rest);
+}
+
+// to[i] = sum of weight[k] * from[k * stride + i] over k in [0, count) and for i in [0, n).
+template <typename From, typename To>
+static ARIMG_INLINE void weighted_sum(const float* weight, int count, const From* from, int64_t stride,
+                                      To* to, int64_t n) {
+  switch (count) {
+    case 1:
+      return sum_terms<1>(weight, count, from, stride, to, n);
+    case 2:
+      return sum_terms<2>(weight, count, from, stride, to, n);
+    case 3:
+      return sum_terms<3>(weight, count, from, stride, to, n);
+    case 4:
+      return sum_terms<4>(weight, count, from, stride, to, n);
+    default:
+      return sum_terms<0>(weight, count, from, stride, to, n);
+  }
 }
 
 // One row of `out` from `in`, whose pixels lie `pixel` apart and whose first row is row `first` of the map;

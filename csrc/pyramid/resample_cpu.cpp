@@ -16,7 +16,7 @@ struct Pieces {
   explicit Pieces(const Resample& p) {
     lanes = in_rows(p) ? p.channels : W;
     groups = in_rows(p) ? 1 : (p.channels + W - 1) / W;
-    constexpr int64_t budget = 32768;  // floats in cache
+    constexpr int64_t budget = 32768;  // floats, a part of a second-level cache
     int64_t row = lanes * (p.out_width + p.in_width * p.in_height / p.out_height + 1);
     band = at_most(1 + budget / row, p.out_height);
     bands = (p.out_height + band - 1) / band;
