@@ -25,6 +25,7 @@ from arimg.ops.quantize_codes import (
 )
 from arimg.ops.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.ops.sampling import Drawn, philox_uniform, sample
+from arimg.ops.sampling_confident import keep_most_confident, sample_bits
 from arimg.reference.sampling import frequency_factor
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "fsq_codes",
     "gated_residual",
     "gated_residual_norm",
+    "keep_most_confident",
     "kmeans",
     "lookup",
     "merge_two_levels",
@@ -62,6 +64,7 @@ __all__ = [
     "resize",
     "row_interval_attention",
     "sample",
+    "sample_bits",
     "sign_codes",
     "token_shuffle",
     "token_unshuffle",

@@ -25,6 +25,7 @@ from arimg.reference.quantize_codes import (
 )
 from arimg.reference.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.reference.sampling import frequency_factor, philox_uniform, sample
+from arimg.reference.sampling_confident import keep_most_confident, sample_bits
 
 __all__ = [
     "accumulate_",
@@ -45,6 +46,7 @@ __all__ = [
     "fsq_codes",
     "gated_residual",
     "gated_residual_norm",
+    "keep_most_confident",
     "kmeans",
     "lookup",
     "merge_two_levels",
@@ -58,6 +60,7 @@ __all__ = [
     "resize",
     "row_interval_attention",
     "sample",
+    "sample_bits",
     "sign_codes",
     "token_shuffle",
     "token_unshuffle",
