@@ -38,7 +38,6 @@ typedef float FloatVec __attribute__((vector_size(W * 4)));
 typedef int32_t IntVec __attribute__((vector_size(W * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(W * 4)));
 typedef uint16_t ShortVec __attribute__((vector_size(W * 2)));
-typedef uint8_t ByteVec __attribute__((vector_size(W)));
 
 struct I32 {
   IntVec v;
@@ -50,14 +49,23 @@ struct I32 {
     __builtin_memcpy(&r.v, p, sizeof(r.v));
     return r;
   }
-  // The first n bytes from p as numbers, the rest 0; reads nothing beyond p + n.
-  static ARIMG_INLINE I32 load_bytes(const uint8_t* p, int n = W) {
-    ByteVec b{};
-    if (n == W)
-      __builtin_memcpy(&b, p, sizeof(b));
-    else
-      for (int i = 0; i < n; ++i) b[i] = p[i];
-    return __builtin_convertvector(b, IntVec);
+  // W bytes as numbers.
+  static ARIMG_INLINE I32 load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif ARIMG_WIDTH == 8
+    return (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    IntVec r;
+    for (int i = 0; i < W; ++i) r[i] = p[i];
+    return r;
+#endif
+  }
+  // The first n bytes, the rest 0; reads nothing beyond p + n.
+  static ARIMG_INLINE I32 load_bytes(const uint8_t* p, int n) {
+    IntVec r{};
+    for (int i = 0; i < n; ++i) r[i] = p[i];
+    return r;
   }
   ARIMG_INLINE void store(int32_t* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
   ARIMG_INLINE int32_t operator[](int i) const { return v[i]; }

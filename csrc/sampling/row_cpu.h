@@ -79,7 +79,10 @@ static ARIMG_INLINE F32 floats_at(const float* p, int64_t i, int64_t count) {
 
 // Which of the tokens [i, i + W) are members.
 static ARIMG_INLINE Mask members_at(const uint8_t* set, bool bits, int64_t i, int64_t count) {
-  if (!bits) return I32::load_bytes(set + i, i + W <= count ? W : int(count - i)) != I32(0);
+  if (!bits) {
+    const bool whole = i + W <= count;
+    return (whole ? I32::load_bytes(set + i) : I32::load_bytes(set + i, int(count - i))) != I32(0);
+  }
   int32_t word = set[i / 8];
   if (W > 8 && i + 8 < count) word |= set[i / 8 + 1] << 8;
   const I32 bit = lane_bit() << int(i % 8);
