@@ -25,11 +25,17 @@ from arimg.ops.quantize_codes import (
 )
 from arimg.ops.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.ops.sampling import Drawn, philox_uniform, sample
+from arimg.ops.sampling_accept import Accepted, Law, speculative_accept, token_law
+from arimg.ops.sampling_accept_gaussian import AcceptedValues, gaussian_accept
+from arimg.ops.sampling_accept_grouped import grouped_accept
 from arimg.ops.sampling_confident import keep_most_confident, sample_bits
 from arimg.reference.sampling import frequency_factor
 
 __all__ = [
+    "Accepted",
+    "AcceptedValues",
     "Drawn",
+    "Law",
     "accumulate_",
     "append_qk_norm_",
     "area_down",
@@ -50,6 +56,8 @@ __all__ = [
     "fsq_codes",
     "gated_residual",
     "gated_residual_norm",
+    "gaussian_accept",
+    "grouped_accept",
     "keep_most_confident",
     "kmeans",
     "lookup",
@@ -66,6 +74,8 @@ __all__ = [
     "sample",
     "sample_bits",
     "sign_codes",
+    "speculative_accept",
+    "token_law",
     "token_shuffle",
     "token_unshuffle",
     "unpack_bits",

@@ -25,9 +25,15 @@ from arimg.reference.quantize_codes import (
 )
 from arimg.reference.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.reference.sampling import frequency_factor, philox_uniform, sample
+from arimg.reference.sampling_accept import Accepted, Law, shared_noise_draw, speculative_accept, token_law
+from arimg.reference.sampling_accept_gaussian import AcceptedValues, gaussian_accept
+from arimg.reference.sampling_accept_grouped import group_masses, grouped_accept, rank_masses
 from arimg.reference.sampling_confident import keep_most_confident, sample_bits
 
 __all__ = [
+    "Accepted",
+    "AcceptedValues",
+    "Law",
     "accumulate_",
     "append_qk_norm_",
     "area_down",
@@ -46,6 +52,9 @@ __all__ = [
     "fsq_codes",
     "gated_residual",
     "gated_residual_norm",
+    "gaussian_accept",
+    "group_masses",
+    "grouped_accept",
     "keep_most_confident",
     "kmeans",
     "lookup",
@@ -57,11 +66,15 @@ __all__ = [
     "philox_uniform",
     "pool_tokens",
     "quantize",
+    "rank_masses",
     "resize",
     "row_interval_attention",
     "sample",
     "sample_bits",
+    "shared_noise_draw",
     "sign_codes",
+    "speculative_accept",
+    "token_law",
     "token_shuffle",
     "token_unshuffle",
     "unpack_bits",
