@@ -24,12 +24,20 @@ struct Codebook {
   Metric metric;
 };
 
+// Which codes may be chosen: rows are in `groups` equal runs, and each run has its own set.
+struct Allowed {
+  const bool* codes = nullptr;  // [groups, count]; nullptr: all
+  int64_t groups = 1;
+};
+
 // CPU: a codebook is first packed into panels of codes, one code per vector lane: [dim + 1][lanes] floats,
-// the offsets and then the negated codes; the last panel is filled up with codes that never win.
+// the offsets and then the negated codes; the last panel is filled up with codes that never win. With
+// `chosen` packed code i is code chosen[i], and book.count the number of these.
 ARIMG_CPU_KERNEL(int64_t, code_panels, (int64_t count))
 ARIMG_CPU_KERNEL(int64_t, panel_floats, (int64_t dim))
 ARIMG_CPU_KERNEL(void, pack_codes,
-                 (const Codebook& book, float* packed, int64_t panel_begin, int64_t panel_end))
+                 (const Codebook& book, const int32_t* chosen, float* packed, int64_t panel_begin,
+                  int64_t panel_end))
 
 struct NearestCode {
   DType dtype;
@@ -44,15 +52,17 @@ ARIMG_CPU_KERNEL(int64_t, nearest_code_scratch, (int64_t dim))
 // Rows [begin, end).
 ARIMG_CPU_KERNEL(void, nearest_code, (const NearestCode& p, float* scratch, int64_t begin, int64_t end))
 
-// GPU: code_offsets_cuda writes offsets [count] (for `cosine` the lengths of the codes); then
+// GPU: code_offsets_cuda writes offsets [groups, count] (for `cosine` the lengths of the codes; NaN for codes
+// that are not allowed, so that their scores are NaN); then
 // nearest_code_cuda is one launch, or, where the rows alone do not fill the device, one over parts of the
 // codebook and one that combines them, with `parts` [splits, rows] between.
 struct NearestCodeGpu {
   DType dtype;
   const void* x;  // [rows, dim], contiguous
   Codebook book;
-  const float* offsets;  // [count]
-  int64_t rows;
+  const float* offsets;  // [groups, count]
+  const bool* allowed;   // as in Allowed
+  int64_t groups, rows;
   int64_t* index;   // [rows]
   uint64_t* parts;  // unused when splits is 1
   int splits;
@@ -70,7 +80,8 @@ static inline int nearest_code_splits(int64_t rows, int64_t count) {
   return int(splits < 1 ? 1 : splits);
 }
 
-Status code_offsets_cuda(const Codebook& book, float* offsets, void* stream);
+Status code_offsets_cuda(const Codebook& book, const bool* allowed, int64_t groups, float* offsets,
+                         void* stream);
 Status nearest_code_cuda(const NearestCodeGpu& p, void* stream);
 
 // The gradient of a lookup: out[k] = sum of grad rows whose index is k, in row order and in fp32.

@@ -4,18 +4,11 @@
 // first. Within a block only the lowest score per lane is kept (one `min` per vector of scores); between
 // blocks each lane remembers the block it came from; the winning block of a row is scored once more to find
 // the index. That is about D + 1 vector instructions per W scores, where tracking indices would take D + 3.
-#include "core/gemm_tile.h"
 #include "core/transpose.h"
-#include "quantize/contract.h"
+#include "quantize/code_blocks.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {
-
-static constexpr float INFINITE = __builtin_inff();
-
-static ARIMG_INLINE int64_t at_most(int64_t x, int64_t limit) {
-  return x < limit ? x : limit;
-}
 
 int64_t code_panels(int64_t count) {
   return (count + PANEL - 1) / PANEL;
@@ -29,12 +22,14 @@ int64_t panel_floats(int64_t dim) {
 // -------------------------------------------------------------------------------------------------
 
 template <typename T>
-static void pack_panel(const Codebook& book, int64_t panel, float* out) {
+static void pack_panel(const Codebook& book, const int32_t* chosen, int64_t panel, float* out) {
   int64_t D = book.dim, first = panel * PANEL;
   int lanes = int(at_most(book.count - first, PANEL));
-  const T* codes = (const T*)book.codes + first * D;
+  auto code = [&](int64_t i) {
+    return (const T*)book.codes + (chosen == nullptr ? first + i : int64_t(chosen[first + i])) * D;
+  };
   float* values = out + PANEL;
-  transposed_copy(codes, D, lanes, D, values, PANEL);
+  transposed_rows(code, lanes, D, values, PANEL);
   for (int lane = lanes; lane < PANEL; ++lane)
     for (int64_t d = 0; d < D; ++d) values[d * PANEL + lane] = 0.f;
   for (int half = 0; half < PANEL; half += W) {
@@ -57,10 +52,11 @@ static void pack_panel(const Codebook& book, int64_t panel, float* out) {
   for (int lane = lanes; lane < PANEL; ++lane) out[lane] = INFINITE;
 }
 
-void pack_codes(const Codebook& book, float* packed, int64_t panel_begin, int64_t panel_end) {
+void pack_codes(const Codebook& book, const int32_t* chosen, float* packed, int64_t panel_begin,
+                int64_t panel_end) {
   with_dtype(book.dtype, [&](auto t) {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-      pack_panel<decltype(t)>(book, panel, packed + panel * panel_floats(book.dim));
+      pack_panel<decltype(t)>(book, chosen, panel, packed + panel * panel_floats(book.dim));
   });
 }
 
@@ -70,11 +66,6 @@ void pack_codes(const Codebook& book, float* packed, int64_t panel_begin, int64_
 static ARIMG_INLINE int64_t chunk_rows(int64_t dim) {
   int64_t tiles = 32768 / (dim * TILE_ROWS);  // 128 KiB of x
   return TILE_ROWS * (tiles < 1 ? 1 : tiles > 32 ? 32 : tiles);
-}
-
-static ARIMG_INLINE int64_t block_panels(int64_t dim) {
-  int64_t panels = 8192 / (dim * PANEL * 4);  // 8 KiB of codes
-  return panels < 1 ? 1 : panels > 16 ? 16 : panels;
 }
 
 // Per row of a chunk and lane: the lowest score so far and the block that it is from.
@@ -100,8 +91,7 @@ static void search_block(const float* x, int64_t dim, const float* panels, int64
     // whole vectors where it could load one float for two multiply-adds.
     asm("" : "+r"(x));
     Tile<TILE_ROWS> tile;
-    tile.start(F32::load(panels), F32::load(panels + W));
-    tile.multiply(x, D, panels + PANEL, D);
+    score_panel(tile, x, D, panels);
     for (int r = 0; r < TILE_ROWS; ++r)  // the second operand of min is kept when the first is NaN
       lowest[r] = min(tile.sum[r][0], min(tile.sum[r][1], lowest[r]));
   }
@@ -129,8 +119,7 @@ static int64_t first_lowest(const float* x, int64_t D, const float* panels, int6
   int64_t index = 0;
   for (int64_t i = 0; i < n_panels; ++i, panels += (D + 1) * PANEL) {
     Tile<1> tile;
-    tile.start(F32::load(panels), F32::load(panels + W));
-    tile.multiply(x, D, panels + PANEL, D);
+    score_panel(tile, x, D, panels);
     for (int half = 0; half < 2; ++half) {
       if (!any(tile.sum[0][half] < F32(lowest))) continue;
       for (int lane = 0; lane < W; ++lane)
@@ -165,21 +154,13 @@ static void search_chunk(const NearestCode& p, const float* x, Best* best, int64
   }
 }
 
-template <typename T>
-static void widen(const T* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) F32::load(from + i).store(to + i);
-  for (; i < n; ++i) to[i] = to_float(from[i]);
-}
-
 void nearest_code(const NearestCode& p, float* scratch, int64_t begin, int64_t end) {
   int64_t D = p.dim, chunk = chunk_rows(D);
   Best* best = (Best*)scratch;
   float* x = scratch + chunk / TILE_ROWS * int64_t(sizeof(Best) / sizeof(float));
   for (int64_t row = begin; row < end; row += chunk) {
     int64_t rows = at_most(end - row, chunk);
-    with_dtype(p.dtype, [&](auto t) { widen((const decltype(t)*)p.x + row * D, x, rows * D); });
-    for (int64_t i = rows * D; i < chunk * D; ++i) x[i] = 0.f;
+    load_rows(p.dtype, p.x, D, row, rows, chunk, x);
     auto search = D == 4    ? search_chunk<4>
                   : D == 8  ? search_chunk<8>
                   : D == 16 ? search_chunk<16>

@@ -1,26 +1,44 @@
+#include <optional>
+
 #include "quantize/search.h"
 
 namespace arimg {
 namespace {
 
-bool is_matrix(const Tensor& t) {
-  return t.dim() == 2 && t.is_contiguous();
+// Each group of rows among the codes that it may have.
+void search_allowed(const Codebook& book, const Allowed& allowed, const Tensor& x, int64_t* index) {
+  int64_t rows = x.size(0) / allowed.groups;
+  int64_t row_bytes = book.dim * (dtype_of(x) == DType::f32 ? 4 : 2);
+  for (int64_t group = 0; group < allowed.groups; ++group, index += rows) {
+    std::vector<int32_t> chosen;
+    for (int64_t code = 0; code < book.count; ++code)
+      if (allowed.codes[group * book.count + code]) chosen.push_back(int32_t(code));
+    const char* first = (const char*)x.const_data_ptr() + group * rows * row_bytes;
+    if (!chosen.empty()) PackedCodes(book, chosen).search(dtype_of(x), first, rows, index);
+    for (int64_t row = 0; row < rows; ++row) index[row] = chosen.empty() ? -1 : chosen[size_t(index[row])];
+  }
 }
 
-Tensor nearest_code_op(const Tensor& x, const Tensor& codebook, int64_t metric) {
-  require(is_matrix(x) && is_matrix(codebook) && x.size(1) == codebook.size(1) && codebook.numel() > 0,
-          "arimg: expected contiguous x [N, D] and codebook [K, D] with K, D > 0");
-  require(metric >= 0 && metric <= 2, "arimg: expected metric 0 (l2), 1 (cosine) or 2 (dot)");
-  require(codebook.size(0) < (int64_t(1) << 31), "arimg: expected fewer than 2^31 codes");
+// allowed: bool [groups, K], for equal runs of rows.
+Tensor nearest_code_op(const Tensor& x, const Tensor& codebook, int64_t metric,
+                       const std::optional<Tensor>& allowed) {
+  Codebook book = codebook_of(x, codebook, metric);
   int64_t rows = x.size(0);
+  Allowed groups;
+  if (allowed.has_value()) {
+    require(is_matrix(*allowed) && allowed->scalar_type() == ScalarType::Bool && allowed->size(0) > 0 &&
+                allowed->size(1) == book.count && rows % allowed->size(0) == 0,
+            "arimg: expected contiguous bool allowed [groups, K], groups a divisor of the rows");
+    groups = {(const bool*)allowed->const_data_ptr(), allowed->size(0)};
+  }
   Tensor index = empty(x, std::vector<int64_t>{rows}, ScalarType::Long);
   if (rows == 0) return index;
-  Codebook book{dtype_of(codebook), codebook.const_data_ptr(), codebook.size(0), codebook.size(1),
-                Metric(metric)};
   int64_t* out = (int64_t*)index.mutable_data_ptr();
   if (on_gpu(x)) {
     GpuScope scope(x);
-    GpuCodes(book, x, scope.stream()).search(dtype_of(x), x.const_data_ptr(), rows, out);
+    GpuCodes(book, x, scope.stream(), groups).search(dtype_of(x), x.const_data_ptr(), rows, out);
+  } else if (groups.codes != nullptr) {
+    search_allowed(book, groups, x, out);
   } else {
     PackedCodes(book).search(dtype_of(x), x.const_data_ptr(), rows, out);
   }
@@ -57,7 +75,7 @@ Tensor lookup_backward_op(const Tensor& grad, const Tensor& indices, int64_t cou
 }  // namespace
 
 ARIMG_OPS_SCHEMAS(m) {
-  m.def("nearest_code(Tensor x, Tensor codebook, int metric) -> Tensor");
+  m.def("nearest_code(Tensor x, Tensor codebook, int metric, Tensor? allowed=None) -> Tensor");
   m.def("lookup_backward(Tensor grad, Tensor indices, int count) -> Tensor");
 }
 

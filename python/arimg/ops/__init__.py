@@ -23,6 +23,7 @@ from arimg.ops.quantize_codes import (
     unpack_bits,
     unpack_signs,
 )
+from arimg.ops.quantize_search import nearest_code_dual, nearest_codes, residual_nearest_code
 from arimg.ops.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.ops.sampling import Drawn, philox_uniform, sample
 from arimg.ops.sampling_accept import Accepted, Law, speculative_accept, token_law
@@ -63,12 +64,15 @@ __all__ = [
     "lookup",
     "merge_two_levels",
     "nearest_code",
+    "nearest_code_dual",
+    "nearest_codes",
     "norm_modulate",
     "pack_bits",
     "pack_two_levels",
     "philox_uniform",
     "pool_tokens",
     "quantize",
+    "residual_nearest_code",
     "resize",
     "row_interval_attention",
     "sample",

@@ -19,24 +19,26 @@ __all__ = ["lookup", "nearest_code", "quantize"]
 METRICS = ("l2", "cosine", "dot")  # in the order of `Metric` in csrc/quantize/contract.h
 
 
-def nearest_code(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
+def nearest_code(x: Tensor, codebook: Tensor, metric: str = "l2", allowed: Tensor | None = None) -> Tensor:
     """Index of the code nearest to each row: x [N, D], codebook [K, D] -> int64 [N].
 
     metric "l2" minimises |x - e|^2, "cosine" and "dot" maximise the similarity. Equal scores give
     the lowest index, a row with a NaN gives 0, a code with a NaN is never chosen. No gradient. The index of a
     row depends on that row and the codebook alone, whatever N is.
+    allowed: the codes to choose from, bool [K], or [B, K] where each N / B rows in turn have a set of their
+    own. A row with a NaN then gives the lowest allowed index, one without an allowed code gives -1.
     Raises ValueError or TypeError for shapes, dtypes, devices or a metric that do not fit.
     """
-    expect_floating("x", x)
-    _expect_codebook(codebook, x)
-    if x.dim() != 2 or x.shape[1] != codebook.shape[1]:
-        raise ValueError(f"expected x [N, {codebook.shape[1]}], got {list(x.shape)}")
-    if metric not in METRICS:
-        raise ValueError(f"expected a metric of {', '.join(METRICS)}, got {metric!r}")
+    expect_rows_and_codebook(x, codebook)
+    expect_metric(metric)
+    if allowed is not None:
+        allowed = _allowed_groups(allowed, x, codebook)
     ops = kernels(x.detach(), codebook.detach())
     if ops is None:
-        return reference.nearest_code(x, codebook, metric)
-    return ops.nearest_code(x.detach().contiguous(), codebook.detach().contiguous(), METRICS.index(metric))
+        return reference.nearest_code(x, codebook, metric, allowed)
+    return ops.nearest_code(
+        x.detach().contiguous(), codebook.detach().contiguous(), METRICS.index(metric), allowed
+    )
 
 
 def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
@@ -66,14 +68,14 @@ def quantize(x: Tensor, codebook: Tensor, metric: str = "l2") -> tuple[Tensor, T
     codebook gets none.
     """
     expect_floating("x", x)
-    _expect_codebook(codebook, x)
+    _expect_codebook("codebook", codebook, "x", x)
     D = codebook.shape[1]
     if x.dim() == 0 or x.shape[-1] != D:
         raise ValueError(f"expected x [..., {D}], got {list(x.shape)}")
     indices = nearest_code(x.reshape(-1, D), codebook, metric).reshape(x.shape[:-1])
     z_q = F.embedding(indices, codebook.detach()).to(x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        z_q = _StraightThrough.apply(x, z_q)
+        z_q = StraightThrough.apply(x, z_q)
     return z_q, indices
 
 
@@ -93,7 +95,7 @@ class _Lookup(torch.autograd.Function):
         return None, ops.lookup_backward(rows, indices.reshape(-1).contiguous(), ctx.count)
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z_q: Tensor) -> Tensor:
         return z_q.view_as(z_q)
@@ -103,19 +105,53 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _expect_codebook(codebook: Tensor, x: Tensor) -> None:
+def expect_rows_and_codebook(
+    x: Tensor, codebook: Tensor, name: str = "x", codebook_name: str = "codebook"
+) -> None:
+    """Raises unless x is [N, D] and codebook [K, D], both floating and on one device."""
+    expect_floating(name, x)
+    _expect_codebook(codebook_name, codebook, name, x)
+    if x.dim() != 2 or x.shape[1] != codebook.shape[1]:
+        raise ValueError(f"expected {name} [N, {codebook.shape[1]}], got {list(x.shape)}")
+
+
+def expect_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"expected a metric of {', '.join(METRICS)}, got {metric!r}")
+
+
+def _expect_codebook(name: str, codebook: Tensor, x_name: str, x: Tensor) -> None:
     if not isinstance(codebook, Tensor):
-        raise TypeError(f"expected codebook to be a tensor, got {type(codebook).__name__}")
+        raise TypeError(f"expected {name} to be a tensor, got {type(codebook).__name__}")
     if codebook.dtype not in FLOATING:
-        raise TypeError(f"expected codebook of float32, bfloat16 or float16, got {codebook.dtype}")
+        raise TypeError(f"expected {name} of float32, bfloat16 or float16, got {codebook.dtype}")
     if codebook.dim() != 2 or codebook.numel() == 0:
-        raise ValueError(f"expected codebook [K, D] with K, D > 0, got {list(codebook.shape)}")
+        raise ValueError(f"expected {name} [K, D] with K, D > 0, got {list(codebook.shape)}")
     if codebook.device != x.device:
-        raise ValueError(f"expected codebook on x's device {x.device}, got {codebook.device}")
+        raise ValueError(f"expected {name} on {x_name}'s device {x.device}, got {codebook.device}")
+
+
+def _allowed_groups(allowed: Tensor, x: Tensor, codebook: Tensor) -> Tensor:
+    """Checked, contiguous and [B, K]."""
+    if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+        raise TypeError(
+            f"expected allowed to be a bool tensor, got {getattr(allowed, 'dtype', type(allowed).__name__)}"
+        )
+    K = codebook.shape[0]
+    if allowed.dim() not in (1, 2) or allowed.shape[-1] != K or allowed.numel() == 0:
+        raise ValueError(f"expected allowed [{K}] or [B, {K}], got {list(allowed.shape)}")
+    if allowed.device != x.device:
+        raise ValueError(f"expected allowed on x's device {x.device}, got {allowed.device}")
+    groups = allowed if allowed.dim() == 2 else allowed[None]
+    if x.shape[0] % groups.shape[0] != 0:
+        raise ValueError(
+            f"expected allowed [B, {K}] with B a divisor of the {x.shape[0]} rows, got {list(allowed.shape)}"
+        )
+    return groups.contiguous()
 
 
 @fake("nearest_code")
-def _nearest_code_fake(x: Tensor, codebook: Tensor, metric: int) -> Tensor:
+def _nearest_code_fake(x: Tensor, codebook: Tensor, metric: int, allowed: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 

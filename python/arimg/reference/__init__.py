@@ -23,6 +23,7 @@ from arimg.reference.quantize_codes import (
     unpack_bits,
     unpack_signs,
 )
+from arimg.reference.quantize_search import nearest_code_dual, nearest_codes, residual_nearest_code
 from arimg.reference.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.reference.sampling import frequency_factor, philox_uniform, sample
 from arimg.reference.sampling_accept import Accepted, Law, shared_noise_draw, speculative_accept, token_law
@@ -60,6 +61,8 @@ __all__ = [
     "lookup",
     "merge_two_levels",
     "nearest_code",
+    "nearest_code_dual",
+    "nearest_codes",
     "norm_modulate",
     "pack_bits",
     "pack_two_levels",
@@ -67,6 +70,7 @@ __all__ = [
     "pool_tokens",
     "quantize",
     "rank_masses",
+    "residual_nearest_code",
     "resize",
     "row_interval_attention",
     "sample",
