@@ -16,10 +16,13 @@ constexpr int COMBINE_WARPS = 4;
 
 // Sorts n keys in ascending order, by one warp: a bitonic network in which every exchange puts the lower key
 // first, so that what would lie beyond n may be left out.
-__device__ void sort_by_warp(Shared<uint64_t> keys, int n) {
+__device__ __forceinline__ void sort_by_warp(Shared<uint64_t> keys, int n) {
+#pragma unroll 1
   for (int size = 2; size / 2 < n; size *= 2)
+#pragma unroll 1
     for (int step = size / 2; step > 0; step /= 2) {
       __syncwarp();
+#pragma unroll 1
       for (int i = lane_in_warp(); i / step * 2 * step < n; i += 32) {
         const int base = i / step * 2 * step, within = i % step;
         const int low = base + within, high = base + (step == size / 2 ? size - 1 - within : step + within);
@@ -96,6 +99,7 @@ class WarpLists {
     }
     if (all == 0) return;
     const unsigned full = __ballot_sync(full_warp, count_[r] + total > room_);
+#pragma unroll 1
     for (int g = 0; full != 0 && g < 4; ++g)
       if (full >> (g * CODE_LANES) & 1u) sort(g, r);
     Shared<uint64_t> keys = list(group, r);
@@ -116,7 +120,8 @@ class WarpLists {
 };
 
 template <typename TX, typename TC, int WIDTH>
-__global__ void __launch_bounds__(THREADS) nearest_codes_kernel(NearestCodesGpu p, int64_t codes_per_part) {
+__global__ void __launch_bounds__(THREADS, 3)
+    nearest_codes_kernel(NearestCodesGpu p, int64_t codes_per_part) {
   const int64_t K = p.book.count, first_row = int64_t(blockIdx.x) * ROWS;
   const int64_t code_begin = blockIdx.y * codes_per_part;
   const int64_t code_end = code_begin + codes_per_part < K ? code_begin + codes_per_part : K;
@@ -140,8 +145,10 @@ __global__ void __launch_bounds__(THREADS) nearest_codes_kernel(NearestCodesGpu 
         lists.append(r, &sum[r][4 * half], chosen, int(code));
       }
   }
-  for (int group = 0; group < 4; ++group)
-    for (int r = 0; r < THREAD_ROWS; ++r) {
+#pragma unroll  // over r, which must be known where registers hold a value per row
+  for (int r = 0; r < THREAD_ROWS; ++r)
+#pragma unroll 1
+    for (int group = 0; group < 4; ++group) {
       const int64_t row = first_row + (warp_in_block() * 4 + group) * THREAD_ROWS + r;
       lists.sort(group, r);
       if (row >= p.rows) continue;
