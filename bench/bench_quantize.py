@@ -70,6 +70,40 @@ def test_nearest_code(shape: str, peer: str, measure: Callable[..., float]) -> N
     measure(f"nearest code, {shape}", peer, function, flops=2 * rows * codes * dim)
 
 
+@pytest.mark.parametrize("peer", [OURS, "torch addmm + topk", "faiss"])
+@pytest.mark.parametrize("k", [8, 50])
+def test_nearest_codes(k: int, peer: str, measure: Callable[..., float]) -> None:
+    rows, codes, dim = (64, 512, 8) if SMOKE else (4096, 16384, 8)
+    g = torch.Generator().manual_seed(0)
+    x, codebook = torch.randn(rows, dim, generator=g), torch.randn(codes, dim, generator=g)
+
+    def by_topk() -> tuple[torch.Tensor, torch.Tensor]:
+        distances = torch.addmm(codebook.square().sum(-1), x, codebook.T, alpha=-2)
+        values, indices = distances.topk(k, largest=False)
+        return values + x.square().sum(-1, keepdim=True), indices
+
+    def by_faiss() -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices = index.search(x.numpy(), k)
+        return torch.from_numpy(values), torch.from_numpy(indices)
+
+    if peer == "faiss":
+        faiss: Any = pytest.importorskip("faiss")
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        index = faiss.IndexFlatL2(dim)
+        index.add(codebook.numpy())
+    peers = {
+        OURS: lambda: ops.nearest_codes(x, codebook, k),
+        "torch addmm + topk": by_topk,
+        "faiss": by_faiss,
+    }
+    values, indices = peers[peer]()
+    expected, _ = ops.nearest_codes(x, codebook, k)
+    assert torch.allclose(values, expected, atol=1e-4)
+    exact = (x.double()[:, None] - codebook.double()[indices]).square().sum(-1)
+    assert torch.allclose(exact, expected.double(), atol=1e-4)
+    measure(f"{k} nearest codes, {codes}x{dim}, N={rows}", peer, peers[peer], flops=2 * rows * codes * dim)
+
+
 @pytest.mark.parametrize("peer", [OURS, "torch embedding_dense_backward"])
 def test_lookup_backward(peer: str, measure: Callable[..., float]) -> None:
     rows, codes, dim = 5440, 4096, 32
