@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from arimg import ops
+from arimg import ops, reference
 from conftest import OURS, SMOKE
 
 # rows, codes, dimensions
@@ -120,3 +120,19 @@ def test_lookup_backward(peer: str, measure: Callable[..., float]) -> None:
     measure(
         "gradient of a lookup, 5440 rows of 4096x32", peer, peers[peer], bytes=4 * dim * (2 * rows + codes)
     )
+
+
+@pytest.mark.parametrize("peer", [OURS, "torch softmax of an N x K matrix"])
+def test_codebook_softmax_mean(peer: str, measure: Callable[..., float]) -> None:
+    rows, codes, dim = (64, 512, 32) if SMOKE else (680, 4096, 32)
+    g = torch.Generator().manual_seed(0)
+    x, codebook = torch.randn(rows, dim, generator=g), torch.randn(codes, dim, generator=g)
+    logits, scale, sigma = 2 * torch.randn(rows, codes, generator=g), torch.rand(rows), 0.5 + torch.rand(rows)
+    inputs = (x, codebook, logits, scale, sigma)
+    peers = {
+        OURS: lambda: ops.codebook_softmax_mean(*inputs),
+        "torch softmax of an N x K matrix": lambda: reference.codebook_softmax_mean(*inputs),
+    }
+    assert torch.allclose(peers[peer](), peers[OURS](), atol=1e-4)
+    group = f"mean of the codes under a softmax, {codes}x{dim}, N={rows}"
+    measure(group, peer, peers[peer], flops=4 * rows * codes * dim)

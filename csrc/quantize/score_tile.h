@@ -49,7 +49,8 @@ constexpr size_t SCORE_TILE_BYTES =
     shared_bytes<float>(DEPTH * ROWS) + shared_bytes<float>(DEPTH * CODES) + shared_bytes<float>(CODES);
 
 // Rows [first_row, row_end), at most 64, of x against a codebook. A code whose offset is NaN scores NaN.
-template <typename TX, typename TC, int WIDTH>
+// PRODUCTS: leaves the offsets out of the sums, which are then minus the products.
+template <typename TX, typename TC, int WIDTH, bool PRODUCTS = false>
 class ScoreTile {
  public:
   __device__ __forceinline__ ScoreTile(SharedArena& arena, const void* x, const Codebook& book,
@@ -90,9 +91,24 @@ class ScoreTile {
       }
       if (d0 == 0)
         for (int r = 0; r < THREAD_ROWS; ++r)
-          for (int c = 0; c < THREAD_CODES; ++c) sum[r][c] = cosine ? 0.f : offsets_[code(c)];
+          for (int c = 0; c < THREAD_CODES; ++c) sum[r][c] = cosine || PRODUCTS ? 0.f : offsets_[code(c)];
       multiply(sum, D - d0 < DEPTH ? int(D - d0) : DEPTH);
     }
+  }
+
+  __device__ __forceinline__ float offset(int c) const { return offsets_[code(c)]; }
+
+  // Puts dimensions [d0, d0 + 32) of codes [first, first + 64) where code_values reads them, if they are not
+  // there already. For all threads, after scores().
+  __device__ __forceinline__ void load_columns(int64_t first, int64_t code_end, int64_t d0) {
+    if (book_.dim <= DEPTH) return;
+    __syncthreads();
+    load_tile<TC, WIDTH>(codes_, (const TC*)book_.codes, first, code_end, book_.dim, d0);
+    __syncthreads();
+  }
+  // Dimension d0 + d of the tile's codes [i, i + 4).
+  __device__ __forceinline__ float4 code_values(int d, int i) const {
+    return codes_.template vec<float4>(d * CODES + i);
   }
 
  private:
@@ -119,7 +135,7 @@ class ScoreTile {
   bool loaded_ = false;
 };
 
-// Calls launch(value of x, value of codes, Width<4 or 1>) for the dtypes and alignment given.
+// Calls launch(x value, code value, std::integral_constant-like width) for the dtypes and alignment given.
 template <int N>
 struct Width {
   static constexpr int value = N;

@@ -23,6 +23,7 @@ from arimg.ops.quantize_codes import (
     unpack_bits,
     unpack_signs,
 )
+from arimg.ops.quantize_flow import codebook_flow, codebook_score, codebook_softmax_mean, codebook_velocity
 from arimg.ops.quantize_search import nearest_code_dual, nearest_codes, residual_nearest_code
 from arimg.ops.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.ops.sampling import Drawn, philox_uniform, sample
@@ -47,6 +48,10 @@ __all__ = [
     "cached_attention",
     "code_statistics",
     "code_usage",
+    "codebook_flow",
+    "codebook_score",
+    "codebook_softmax_mean",
+    "codebook_velocity",
     "encode",
     "encode_bands",
     "encode_parts",

@@ -23,6 +23,7 @@ from arimg.reference.quantize_codes import (
     unpack_bits,
     unpack_signs,
 )
+from arimg.reference.quantize_flow import codebook_softmax_mean
 from arimg.reference.quantize_search import nearest_code_dual, nearest_codes, residual_nearest_code
 from arimg.reference.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.reference.sampling import frequency_factor, philox_uniform, sample
@@ -45,6 +46,7 @@ __all__ = [
     "cached_attention",
     "code_statistics",
     "code_usage",
+    "codebook_softmax_mean",
     "encode",
     "features",
     "frequency_bands",
