@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg import ops
+from arimg.ops._common import StraightThrough
 
 _EPS = 1e-6  # of normalisations
 
@@ -343,7 +344,7 @@ class VectorQuantize(nn.Module):
             error = (target - rows).square()
             commitment = error.mean() if row_mask is None else error[row_mask].mean()
             if given.requires_grad:
-                path = _Rotation if self.rotation_trick else _StraightThrough
+                path = _Rotation if self.rotation_trick else StraightThrough
                 codes = path.apply(rows, codes)
         loss = commitment * self.commitment_weight if self.commitment_weight > 0 else self.zero
 
@@ -390,18 +391,6 @@ class VectorQuantize(nn.Module):
         if self.separate_codebook_per_head:
             return index.view(self.heads, B, N).movedim(0, 2)
         return index.view(B, self.heads, N).transpose(1, 2)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The codes; their gradient goes to x unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor) -> Tensor:
-        return codes.view_as(codes)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 class _Rotation(torch.autograd.Function):

@@ -64,3 +64,16 @@ def fake(name: str) -> Callable[[Fake], Fake]:
         return function
 
     return register
+
+
+class StraightThrough(torch.autograd.Function):
+    """apply(x, codes): the values of codes, whose gradient goes to x unchanged (in x's dtype)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return codes.view_as(codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg import reference
-from arimg.ops._common import FLOATING, expect_floating, fake, kernels
+from arimg.ops._common import FLOATING, StraightThrough, expect_floating, fake, kernels
 
 __all__ = ["lookup", "nearest_code", "quantize"]
 
@@ -93,16 +93,6 @@ class _Lookup(torch.autograd.Function):
         assert ops is not None
         rows = grad.detach().reshape(-1, grad.shape[-1]).contiguous()
         return None, ops.lookup_backward(rows, indices.reshape(-1).contiguous(), ctx.count)
-
-
-class StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, z_q: Tensor) -> Tensor:
-        return z_q.view_as(z_q)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 def expect_rows_and_codebook(

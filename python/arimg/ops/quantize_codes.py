@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg import reference
-from arimg.ops._common import FLOATING, expect_floating, fake, kernels
+from arimg.ops._common import FLOATING, StraightThrough, expect_floating, fake, kernels
 from arimg.ops.sampling import philox_uniform
 from arimg.reference.sampling import row_seeds
 
@@ -80,7 +80,7 @@ def sign_codes(z: Tensor, scale: float | None = None, *, msb_first: bool = True)
     codes, indices = ops.sign_codes(z.detach().reshape(-1, d).contiguous(), value, msb_first)
     codes = codes.view(z.shape)
     if torch.is_grad_enabled() and z.requires_grad:
-        codes = _StraightThrough.apply(z if scale is not None else F.normalize(z.float(), dim=-1), codes)
+        codes = StraightThrough.apply(z if scale is not None else F.normalize(z.float(), dim=-1), codes)
     return codes, indices.view(z.shape[:-1])
 
 
@@ -144,21 +144,8 @@ def bernoulli_bits(x: Tensor, *, seed: int | Tensor | None = None, position: int
         draws = [philox_uniform(seeds, position, tokens, draw=n) for n in range(x.shape[-1])]
         bits = torch.stack(draws, -1).view(x.shape) < p.detach()
     if torch.is_grad_enabled() and x.requires_grad:
-        return _StraightThrough.apply(p, bits.to(x.dtype))
+        return StraightThrough.apply(p, bits.to(x.dtype))
     return bits.to(x.dtype)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The values of `codes`, the gradient of x (of whatever dtype)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor) -> Tensor:
-        ctx.dtype = x.dtype
-        return codes.view_as(codes)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
 
 
 def _unpack(indices: Tensor, d: int, low: float, high: float, msb_first: bool, dtype: torch.dtype) -> Tensor:

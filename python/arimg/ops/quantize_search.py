@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg import reference
-from arimg.ops._common import FLOATING, expect_floating, fake, kernels
+from arimg.ops._common import FLOATING, StraightThrough, expect_floating, fake, kernels
 from arimg.ops.quantize import (
     METRICS,
-    StraightThrough,
     expect_metric,
     expect_rows_and_codebook,
     nearest_code,
