@@ -97,6 +97,11 @@ def emulated_cuda() -> Iterator[None]:
         _emulate = before
 
 
+def emulating() -> bool:
+    """Whether operators on CPU tensors run the CUDA kernels in the emulator."""
+    return _emulate
+
+
 def ops() -> Any | None:
     """`torch.ops.arimg`, or None (with one warning) when the library could not load."""
     global _warned

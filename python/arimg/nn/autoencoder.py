@@ -102,11 +102,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Two residual blocks around one attention."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, fast: bool = False) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
+        self.block_1 = ResnetBlock(channels, channels, fast)
         self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
+        self.block_2 = ResnetBlock(channels, channels, fast)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -144,8 +144,8 @@ class Decoder(nn.Module):
     def __init__(self, ch: int, ch_mult: Sequence[int], blocks: int, z_channels: int) -> None:
         super().__init__()
         widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
-        self.conv_in = Conv3x3(z_channels, widths[-1])
-        self.mid = Middle(widths[-1])
+        self.conv_in = Conv3x3(z_channels, widths[-1], fast=True)
+        self.mid = Middle(widths[-1], fast=True)
         self.up = nn.ModuleList(
             Level(
                 [widths[min(i + 1, last)]] + [width] * (blocks + 1),
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out, self.conv_out = group_norm(widths[0]), Conv3x3(widths[0], 3)
+        self.norm_out, self.conv_out = group_norm(widths[0]), Conv3x3(widths[0], 3, fast=True)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))

@@ -2,6 +2,7 @@
 
 from arimg.ops.attention import cached_attention, row_interval_attention
 from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
+from arimg.ops.block_conv import conv3x3, group_norm_affine
 from arimg.ops.kv_cache import append_qk_norm_
 from arimg.ops.pyramid import accumulate_, encode, encode_bands, encode_parts, features
 from arimg.ops.pyramid_bands import band_masks, frequency_bands
@@ -52,6 +53,7 @@ __all__ = [
     "codebook_score",
     "codebook_softmax_mean",
     "codebook_velocity",
+    "conv3x3",
     "encode",
     "encode_bands",
     "encode_parts",
@@ -63,6 +65,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_norm",
     "gaussian_accept",
+    "group_norm_affine",
     "grouped_accept",
     "keep_most_confident",
     "kmeans",

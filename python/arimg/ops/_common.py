@@ -30,6 +30,14 @@ def kernels(*tensors: Tensor | None) -> Any | None:
     return None
 
 
+def cpu_kernels(*tensors: Tensor | None) -> Any | None:
+    """As `kernels`, for an operator that exists on the CPU alone."""
+    given = [t for t in tensors if t is not None]
+    if given[0].device.type != "cpu" or _library.emulating():
+        return None
+    return kernels(*tensors)
+
+
 def expect_floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {type(x).__name__}")

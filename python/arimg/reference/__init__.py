@@ -2,6 +2,7 @@
 
 from arimg.reference.attention import cached_attention, row_interval_attention
 from arimg.reference.block import gated_residual, gated_residual_norm, norm_modulate
+from arimg.reference.block_conv import conv3x3, group_norm_affine
 from arimg.reference.kv_cache import append_qk_norm_
 from arimg.reference.pyramid import accumulate_, encode, features
 from arimg.reference.pyramid_bands import band_masks, frequency_bands
@@ -47,6 +48,7 @@ __all__ = [
     "code_statistics",
     "code_usage",
     "codebook_softmax_mean",
+    "conv3x3",
     "encode",
     "features",
     "frequency_bands",
@@ -57,6 +59,7 @@ __all__ = [
     "gated_residual_norm",
     "gaussian_accept",
     "group_masses",
+    "group_norm_affine",
     "grouped_accept",
     "keep_most_confident",
     "kmeans",
