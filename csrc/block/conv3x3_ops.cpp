@@ -6,6 +6,17 @@
 #include "core/scratch.h"
 
 namespace arimg {
+
+ARIMG_OPS_SCHEMAS(m) {
+  m.def(
+      "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int "
+      "up) "
+      "-> Tensor");
+  m.def("group_norm_affine(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor)");
+}
+
+// CPU kernels alone: the emulated library has none, and its Python callers take the formula.
+#if !defined(ARIMG_EMULATOR)
 namespace {
 
 constexpr int64_t kMomentsBytes = 1 << 18;  // of pixels whose two passes share the cache
@@ -143,17 +154,11 @@ std::tuple<Tensor, Tensor> group_norm_affine_op(const Tensor& x, const Tensor& w
 
 }  // namespace
 
-ARIMG_OPS_SCHEMAS(m) {
-  m.def(
-      "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int "
-      "up) "
-      "-> Tensor");
-  m.def("group_norm_affine(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor)");
-}
-
 ARIMG_OPS_IMPLEMENTATIONS(m) {
   m.impl("conv3x3", TORCH_BOX(&conv3x3_op));
   m.impl("group_norm_affine", TORCH_BOX(&group_norm_affine_op));
 }
+
+#endif
 
 }  // namespace arimg
