@@ -21,6 +21,8 @@ struct Map {
   int64_t batch, channel, pixel;
 };
 
+// The maps are planes (pixel 1) or rows of channels (channel 1) of one dtype; or the sizes are equal, and a
+// map in any layout is copied to another layout, from or to float32.
 struct Resample {
   Resampling mode;
   bool transposed;  // the transposed matrix of the resampling from out's size to in's

@@ -83,7 +83,8 @@ static ARIMG_HD void forward_weights(Resampling mode, int out, int in_size, int 
   for (int k = 0; k < count; ++k) weight[k] = mean ? 1.f / float(count) : 0.f;
   if (mean) return;
   Taps taps = taps_of(mode, out, in_size, out_size);
-  for (int k = 0; k < taps.count; ++k) weight[taps.position[k] - span.begin] += taps.weight[k];
+  for (int k = 0; k < 4; ++k)  // a fixed count, so that the taps stay in registers
+    if (k < taps.count) weight[taps.position[k] - span.begin] += taps.weight[k];
 }
 
 // The most sources that any target has, or some more.
@@ -124,7 +125,7 @@ static ARIMG_HD Span axis_weights(const Axis& a, int target, Weights weight) {
     }
     Taps taps = taps_of(a.mode, source, a.targets, a.sources);
     float sum = 0.f;
-    for (int k = 0; k < taps.count; ++k) sum += taps.position[k] == target ? taps.weight[k] : 0.f;
+    for (int k = 0; k < 4; ++k) sum += k < taps.count && taps.position[k] == target ? taps.weight[k] : 0.f;
     weight[source - span.begin] = sum;
   }
   return span;
