@@ -133,6 +133,12 @@ ARIMG_INLINE I32 select(Mask m, I32 a, I32 b) {
   return (IntVec)((m.m & a.v) | (~m.m & b.v));
 }
 
+#if ARIMG_WIDTH == 8
+ARIMG_INLINE __m256i first_lanes(int n) {
+  return (__m256i)(lane_index() < I32(n)).m;
+}
+#endif
+
 struct F32 {
   FloatVec v;
   F32() = default;
@@ -168,6 +174,17 @@ struct F32 {
     return r;
   }
 
+#if defined(__AVX512F__)
+  static ARIMG_INLINE F32 load_partial(const float* p, int n, float fill = 0.f) {
+    return (FloatVec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p);
+  }
+#elif ARIMG_WIDTH == 8
+  static ARIMG_INLINE F32 load_partial(const float* p, int n, float fill = 0.f) {
+    const __m256i lanes = first_lanes(n);
+    return (FloatVec)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, lanes), (__m256)lanes);
+  }
+#endif
+
   ARIMG_INLINE void store(float* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
   ARIMG_INLINE void store(BFloat16* p) const {
     UintVec u = (UintVec)v;
@@ -190,6 +207,15 @@ struct F32 {
   ARIMG_INLINE void store_partial(T* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
   }
+#if defined(__AVX512F__)
+  ARIMG_INLINE void store_partial(float* p, int n) const {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  }
+#elif ARIMG_WIDTH == 8
+  ARIMG_INLINE void store_partial(float* p, int n) const {
+    _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
+  }
+#endif
   ARIMG_INLINE float operator[](int i) const { return v[i]; }
 };
 
@@ -435,6 +461,25 @@ ARIMG_INLINE float reduce_max(F32 a) {
   float m = a.v[0];
   for (int i = 1; i < W; ++i) m = a.v[i] > m ? a.v[i] : m;
   return m;
+}
+
+// Lane i: lane index[i] of a, or lane index[i] - W of b.
+ARIMG_INLINE F32 pick(F32 a, F32 b, I32 index) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_permutex2var_ps((__m512)a.v, (__m512i)index.v, (__m512)b.v);
+#elif ARIMG_WIDTH == 8
+  const __m256i i = (__m256i)index.v;
+  const __m256 of_a = _mm256_permutevar8x32_ps((__m256)a.v, i);
+  const __m256 of_b = _mm256_permutevar8x32_ps((__m256)b.v, i);
+  return (FloatVec)_mm256_blendv_ps(of_a, of_b, (__m256)_mm256_slli_epi32(i, 28));
+#else
+  float both[2 * W];
+  a.store(both);
+  b.store(both + W);
+  F32 r;
+  for (int i = 0; i < W; ++i) r.v[i] = both[index.v[i]];
+  return r;
+#endif
 }
 
 // Transposes a W x W matrix held as W vectors.
