@@ -147,6 +147,41 @@ def test_token_shuffle(channels: int, peer: str, measure: Callable[..., float]) 
     measure(f"token_shuffle, 2 x 32^2 x {channels}, 2 x 2", peer, function, bytes=8 * x.numel())
 
 
+@pytest.mark.parametrize("peer", [OURS, "torch where", "copy of the fine map"])
+@pytest.mark.parametrize("images, channels, side", [(4, 64, 32), (4, 256, 64)])
+def test_merge_two_levels(
+    images: int, channels: int, side: int, peer: str, measure: Callable[..., float]
+) -> None:
+    fine = torch.randn(images, channels, side, side)
+    coarse = torch.randn(images, channels, side // 2, side // 2)
+    is_fine = torch.rand(images, side // 2, side // 2) < 0.5
+    arguments = (coarse, fine, is_fine)
+    assert torch.equal(ops.merge_two_levels(*arguments), reference.merge_two_levels(*arguments))
+    function = {
+        OURS: lambda: ops.merge_two_levels(*arguments),
+        "torch where": lambda: reference.merge_two_levels(*arguments),
+        "copy of the fine map": fine.clone,
+    }[peer]
+    bytes = {OURS: 9, "torch where": 9, "copy of the fine map": 8}[peer] * fine.numel()
+    measure(f"merge_two_levels, {images} x {channels}, {side} x {side}", peer, function, bytes=bytes)
+
+
+@pytest.mark.parametrize("peer", [OURS, "torch where"])
+def test_merge_gradient(peer: str, measure: Callable[..., float]) -> None:
+    fine = torch.randn(4, 64, 32, 32).requires_grad_()
+    coarse = torch.randn(4, 64, 16, 16).requires_grad_()
+    is_fine = torch.rand(4, 16, 16) < 0.5
+    grad = torch.randn_like(fine)
+    results = [f(coarse, fine, is_fine) for f in (ops.merge_two_levels, reference.merge_two_levels)]
+
+    def back(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(y, (coarse, fine), grad, retain_graph=True)
+
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*map(back, results)))
+    y = results[0 if peer == OURS else 1]
+    measure("gradient of merge_two_levels, 4 x 64, 32 x 32", peer, lambda: back(y), bytes=9 * fine.numel())
+
+
 @pytest.mark.parametrize("peer", [OURS, "torch fft"])
 def test_frequency_bands(peer: str, measure: Callable[..., float]) -> None:
     f = tensors(8, 1)[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arimg import ops, reference
+from arimg import _library, ops, reference
 from tolerance import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,17 +80,86 @@ def test_unpack_takes_any_order_and_leaves_gaps():
     assert torch.equal(out, expected[0]) and torch.equal(is_fine, expected[1])
 
 
+MERGES = [(5, 6, 3, 4), (2, 3, 2, 8), (1, 1, 1, 1), (1, 2, 3, 16), (1, 1, 2, 600)]
+MERGED = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
+
+
+def merge_case(case, dtype=torch.float32, device="cpu"):
+    B, C, h, w = case
+    is_fine = torch.rand(B, h, w, generator=torch.Generator().manual_seed(2)) < 0.5
+    maps = randn(B, C, h, w) * 100, randn(B, C, 2 * h, 2 * w, seed=1) * 100
+    if dtype == torch.uint8:
+        maps = maps[0].abs(), maps[1].abs()
+    return *(m.to(dtype).to(device) for m in maps), is_fine.to(device)
+
+
+@pytest.mark.parametrize("dtype", MERGED)
+@pytest.mark.parametrize("case", MERGES)
+def test_merge_two_levels(backend, case, dtype):
+    coarse, fine, is_fine = merge_case(case, dtype, backend.device)
+    got = ops.merge_two_levels(coarse, fine, is_fine)
+    assert got.dtype == dtype and torch.equal(got, reference.merge_two_levels(coarse, fine, is_fine))
+    alone = ops.merge_two_levels(coarse[-1:], fine[-1:], is_fine[-1:])
+    assert torch.equal(alone, got[-1:])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_merge_two_levels(dtype):
-    coarse, fine = randn(5, 6, 3, 4, dtype=dtype), randn(5, 6, 6, 8, dtype=dtype, seed=1)
-    is_fine = two_levels()[2]
+@pytest.mark.parametrize("case", MERGES)
+def test_merge_passes_its_gradient(backend, case, dtype):
+    coarse, fine, is_fine = merge_case(case, dtype, backend.device)
     coarse.requires_grad_()
     fine.requires_grad_()
     got = ops.merge_two_levels(coarse, fine, is_fine)
-    assert torch.equal(got, reference.merge_two_levels(coarse, fine, is_fine))
-    got.sum().backward()
-    assert torch.equal(coarse.grad, (~is_fine)[:, None].expand_as(coarse) * torch.tensor(4, dtype=dtype))
-    assert fine.grad.sum() == 4 * 6 * is_fine.sum()
+    grad = randn(*got.shape, dtype=dtype, seed=3).to(backend.device)
+    to_coarse, to_fine = torch.autograd.grad(got, (coarse, fine), grad)
+    mask = is_fine.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    assert torch.equal(to_fine, grad * mask)
+    # Four terms, one rounding to the dtype and three in float32.
+    exact = F.avg_pool2d(grad.double(), 2) * 4 * ~is_fine[:, None]
+    size = F.avg_pool2d(grad.double().abs(), 2) * 4
+    unit = torch.finfo(dtype).eps / 2 + 3 * 2.0**-24
+    assert to_coarse.dtype == dtype and ((to_coarse.double() - exact).abs() <= unit * size).all()
+
+
+def test_merge_can_be_differentiated_twice(backend):
+    coarse, fine, is_fine = merge_case((2, 3, 2, 4), device=backend.device)
+    coarse, fine = coarse.requires_grad_(), fine.requires_grad_()
+    got = ops.merge_two_levels(coarse, fine, is_fine).pow(3).sum()
+    first = torch.autograd.grad(got, (coarse, fine), create_graph=True)
+    second = torch.autograd.grad(first[0].sum() + first[1].sum(), (coarse, fine))
+    mask = is_fine.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    assert torch.allclose(second[0], 24 * coarse * ~is_fine[:, None])
+    assert torch.allclose(second[1], 6 * fine * mask)
+
+
+def test_merge_of_views_of_other_values_and_of_nothing(backend):
+    coarse, fine, is_fine = merge_case((2, 3, 4, 4), device=backend.device)
+    expected = ops.merge_two_levels(coarse, fine, is_fine)
+    last = ops.merge_two_levels(*(t.to(memory_format=torch.channels_last) for t in (coarse, fine)), is_fine)
+    assert torch.equal(last, expected)
+    swapped = ops.merge_two_levels(*(t.transpose(2, 3) for t in (coarse, fine)), is_fine.transpose(1, 2))
+    assert torch.equal(swapped, expected.transpose(2, 3))
+    # an address that is no multiple of 16 bytes
+    shifted = torch.empty(fine.numel() + 1, device=fine.device)[1:].view_as(fine).copy_(fine)
+    assert torch.equal(ops.merge_two_levels(coarse, shifted, is_fine), expected)
+    # a value that is not taken does not matter, not even NaN
+    coarse = coarse.masked_fill(is_fine[:, None], float("nan"))
+    mask = is_fine.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    assert torch.equal(ops.merge_two_levels(coarse, fine.masked_fill(~mask, float("inf")), is_fine), expected)
+    assert ops.merge_two_levels(coarse[:0], fine[:0], is_fine[:0]).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("namespace", ["arimg", "arimg_emulated"])
+def test_opcheck(namespace):
+    if namespace == "arimg_emulated":
+        try:
+            _library.load_emulated()
+        except OSError as error:
+            pytest.skip(str(error))
+    packet = getattr(torch.ops, namespace)
+    coarse, fine, is_fine = merge_case((2, 3, 2, 4))
+    torch.library.opcheck(packet.merge_two_levels, (coarse, fine, is_fine))
+    torch.library.opcheck(packet.merge_two_levels_backward, (fine, is_fine))
 
 
 # --- frequency bands ----------------------------------------------------------------------------------------
@@ -171,19 +240,29 @@ def test_encode_bands(backend):
     assert all(torch.equal(a, b) for a, b in zip(ops.encode_bands(everything, codebook, scales)[0], plain))
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_compiles_without_graph_breaks_and_without_warnings():
     coarse, fine, is_fine = two_levels()
 
-    def step(x):
+    def step(x, y):
         packed = ops.pack_two_levels(coarse, fine, is_fine)
         bands = ops.frequency_bands(x, VAR_SCALES)
         tokens = ops.token_shuffle(x.flatten(2).transpose(1, 2), 2, (16, 16))
-        return ops.unpack_two_levels(*packed, (3, 4))[0], bands, ops.token_unshuffle(tokens, 2, (16, 16))
+        merged = ops.merge_two_levels(y, x.repeat(1, 1, 2, 2), x[:, 0] > 0)
+        return (
+            ops.unpack_two_levels(*packed, (3, 4))[0],
+            bands,
+            ops.token_unshuffle(tokens, 2, (16, 16)),
+            merged,
+        )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    x = randn(2, 3, 16, 16)
-    ops.frequency_bands(x, VAR_SCALES)
-    assert all(torch.equal(a, b) for a, b in zip(compiled(x), step(x)))
+    for B in (2, 3):
+        x, y = randn(B, 3, 16, 16).requires_grad_(), randn(B, 3, 16, 16, seed=1).requires_grad_()
+        got, expected = compiled(x, y), step(x, y)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+        gradients = [torch.autograd.grad(r[1].sum() + r[3].square().sum(), (x, y)) for r in (got, expected)]
+        assert all(torch.allclose(a, b) for a, b in zip(*gradients))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +281,27 @@ def test_compiles_without_graph_breaks():
             ),
             TypeError,
             "expected is_fine of bool, got torch.float32",
+        ),
+        (
+            lambda: ops.merge_two_levels(
+                torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 4).half(), torch.zeros(1, 2, 2) > 0
+            ),
+            TypeError,
+            "expected fine of coarse's dtype torch.float32, got torch.float16",
+        ),
+        (
+            lambda: ops.merge_two_levels(
+                torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 3), torch.zeros(1, 2, 2) > 0
+            ),
+            ValueError,
+            r"expected coarse \[B, C, h, w\] and fine \[B, C, 2h, 2w\], got",
+        ),
+        (
+            lambda: ops.merge_two_levels(
+                torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 4, device="meta"), torch.zeros(1, 2, 2) > 0
+            ),
+            ValueError,
+            "expected fine on coarse's device cpu, got meta",
         ),
         (
             lambda: ops.pack_two_levels(*two_levels()[:2], torch.zeros(1, 2, 2, dtype=torch.bool)),

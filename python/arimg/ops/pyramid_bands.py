@@ -32,13 +32,14 @@ def frequency_bands(x: Tensor, scales: Sequence[tuple[int, int]]) -> Tensor:
     if not scales:
         raise ValueError("expected at least one scale, got none")
     B, C, H, W = x.shape
-    rows, columns, masks = _tables(H, W, tuple((h, w) for h, w in scales), x.device)
+    # A compiler traces the making of the tables and keeps what comes out: it has no use for a cache.
+    tables = _tables if torch.compiler.is_compiling() else _cached_tables
+    rows, columns, masks = tables(H, W, tuple((h, w) for h, w in scales), x.device)
     spectrum = rows.T @ (x.float().reshape(B * C * H, W) @ columns).view(B * C, H, W)
     parts = (spectrum * masks[:, None]).view(-1, W) @ columns.T
     return (rows @ parts.view(-1, H, W)).view(len(scales), B, C, H, W).to(x.dtype)
 
 
-@lru_cache(maxsize=16)
 def _tables(
     H: int, W: int, scales: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +48,9 @@ def _tables(
     rows, columns = (torch.tensor([_frequency(n, i) for i in range(n)]) for n in (H, W))
     by_coefficient = masks[:, rows][:, :, columns].float()
     return _basis(H).to(device), _basis(W).to(device), by_coefficient.to(device)
+
+
+_cached_tables = lru_cache(maxsize=16)(_tables)
 
 
 def _frequency(n: int, column: int) -> int:

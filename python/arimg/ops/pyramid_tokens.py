@@ -1,14 +1,19 @@
 """Token windows and sequences of two levels of detail. See docs/ops/pyramid.md.
 
-Compositions of torch operations that move elements and compute nothing, so they work for every dtype and
-device, and gradients pass through them. No host synchronisation: sequences have a fixed length and say how
-much of it is used.
+These move elements and compute nothing, so they work for every dtype and device, and gradients pass through
+them. All but `merge_two_levels` are compositions of torch operations. No host synchronisation: sequences have
+a fixed length and say how much of it is used.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from arimg import reference
+from arimg.ops._common import FLOATING, fake, kernels
 
 __all__ = ["merge_two_levels", "pack_two_levels", "token_shuffle", "token_unshuffle", "unpack_two_levels"]
 
@@ -55,9 +60,62 @@ def merge_two_levels(coarse: Tensor, fine: Tensor, is_fine: Tensor) -> Tensor:
     if fine.dtype != coarse.dtype:
         raise TypeError(f"expected fine of coarse's dtype {coarse.dtype}, got {fine.dtype}")
     _expect_mask(is_fine, (B, h, w))
-    mask = is_fine.repeat_interleave(2, 2)[:, None, :, None]
-    rows = coarse.repeat_interleave(2, 3)[:, :, :, None]
-    return torch.where(mask, fine.reshape(B, C, h, 2, 2 * w), rows).view(B, C, 2 * h, 2 * w)
+    for name, t in (("fine", fine), ("is_fine", is_fine)):
+        if t.device != coarse.device:
+            raise ValueError(f"expected {name} on coarse's device {coarse.device}, got {t.device}")
+    needs_grad = torch.is_grad_enabled() and (coarse.requires_grad or fine.requires_grad)
+    plain = coarse.is_complex() or (needs_grad and coarse.dtype not in FLOATING)
+    if plain or kernels(coarse.detach()) is None:
+        return reference.merge_two_levels(coarse, fine, is_fine)
+    if needs_grad:
+        return _Merge.apply(coarse, fine, is_fine)
+    return _merge(coarse, fine, is_fine)
+
+
+def _merge(coarse: Tensor, fine: Tensor, is_fine: Tensor) -> Tensor:
+    ops = kernels(coarse.detach())
+    assert ops is not None
+    return ops.merge_two_levels(coarse.contiguous(), fine.contiguous(), is_fine.contiguous())
+
+
+class _Merge(torch.autograd.Function):
+    """Linear in both maps; the gradient of its gradient is the merge again."""
+
+    @staticmethod
+    def forward(ctx: Any, coarse: Tensor, fine: Tensor, is_fine: Tensor) -> Tensor:
+        ctx.save_for_backward(is_fine)
+        return _merge(coarse, fine, is_fine)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_Split.apply(grad, ctx.saved_tensors[0]), None
+
+
+class _Split(torch.autograd.Function):
+    """The gradient of `_Merge`: what goes to the coarse and to the fine map."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, is_fine: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(is_fine)
+        ops = kernels(grad.detach())
+        assert ops is not None
+        coarse, fine = ops.merge_two_levels_backward(grad.contiguous(), is_fine.contiguous())
+        return coarse, fine
+
+    @staticmethod
+    def backward(ctx: Any, coarse: Tensor, fine: Tensor) -> tuple[Tensor, None]:
+        return _Merge.apply(coarse, fine, ctx.saved_tensors[0]), None
+
+
+@fake("merge_two_levels")
+def _merge_fake(coarse: Tensor, fine: Tensor, is_fine: Tensor) -> Tensor:
+    return torch.empty_like(fine)
+
+
+@fake("merge_two_levels_backward")
+def _merge_backward_fake(grad: Tensor, is_fine: Tensor) -> tuple[Tensor, Tensor]:
+    B, C, H, W = grad.shape
+    return grad.new_empty(B, C, H // 2, W // 2), torch.empty_like(grad)
 
 
 def pack_two_levels(
