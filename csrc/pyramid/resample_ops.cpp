@@ -15,9 +15,12 @@ Tensor resize_planes(const Tensor& x, int64_t height, int64_t width, int64_t mod
   Tensor out = empty(x, Sizes{x.size(0), x.size(1), height, width}, x.scalar_type());
   if (out.numel() == 0) return out;
   GpuScope scope(x);
-  // Planes are alike, whichever image they belong to: all of them as the channels of one image.
-  Resample p{resampling(mode),      transposed, map_of(x), map_of(out), 1,
-             x.size(0) * x.size(1), x.size(2),  x.size(3), height,      width};
+  // Planes are alike, whichever image they belong to: all of them as the channels of one image. Distances
+  // come from the sizes, since the stride of an axis of size 1 may be anything.
+  int64_t H = x.size(2), W = x.size(3), planes = x.size(0) * x.size(1);
+  Map from{dtype_of(x), const_cast<void*>(x.const_data_ptr()), planes * H * W, H * W, 1};
+  Map to{dtype_of(out), out.mutable_data_ptr(), planes * height * width, height * width, 1};
+  Resample p{resampling(mode), transposed, from, to, 1, planes, H, W, height, width};
   run(p, x, scope.stream());
   return out;
 }
