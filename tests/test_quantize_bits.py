@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arimg import _library, ops, reference
+from arimg.reference.sampling import numbers
 from tolerance import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -173,9 +174,10 @@ def test_drawn_bits_are_those_of_the_counters(backend):
     x = make(3, 5, 20, device=backend.device)
     got = ops.bernoulli_bits(x, seed=7, position=11)
     assert torch.equal(got.cpu(), reference.bernoulli_bits(x.cpu(), seed=7, position=11))
-    for row, token, bit in [(0, 0, 0), (1, 4, 19), (2, 3, 7)]:
-        u = reference.philox_uniform(7 + row, 11 + token, 1, draw=bit).item()
-        assert got[row, token, bit].item() == (u < torch.sigmoid(x[row, token, bit]).item())
+    pairs = torch.stack((torch.zeros_like(x), x), -1)
+    assert torch.equal(got, ops.sample_bits(pairs, seed=7, position=11).to(x.dtype))
+    u = numbers(torch.arange(7, 10), 11, 5, 0, 20).double() / 2**32
+    assert torch.equal(got.cpu() == 1, u >= 1 - torch.sigmoid(x.cpu().double()))
     # a row, a token alone
     seeds = torch.tensor([8, 9], device=x.device)
     assert torch.equal(ops.bernoulli_bits(x[1:], seed=seeds, position=11), got[1:])

@@ -328,25 +328,30 @@ ARIMG_INLINE F32 float_from_bits(I32 a) {
   return (FloatVec)a.v;
 }
 
-// The products of the lanes with m, unsigned, as their high and low words. Under the name of core/philox.h.
-ARIMG_INLINE void multiply_wide(I32 a, uint32_t m, I32& high, I32& low) {
+// The products of the lanes, unsigned, as their high and low words. Under the name of core/philox.h.
+ARIMG_INLINE void multiply_wide(I32 a, I32 b, I32& high, I32& low) {
 #if defined(__AVX512F__)
-  const __m512i x = (__m512i)a.v, by = _mm512_set1_epi32(int(m));
-  const __m512i even = _mm512_mul_epu32(x, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), by);
+  const __m512i x = (__m512i)a.v, y = (__m512i)b.v;
+  const __m512i even = _mm512_mul_epu32(x, y);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), _mm512_srli_epi64(y, 32));
   high = (IntVec)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
   low = (IntVec)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
 #elif ARIMG_WIDTH == 8
-  const __m256i x = (__m256i)a.v, by = _mm256_set1_epi32(int(m));
-  const __m256i even = _mm256_mul_epu32(x, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), by);
+  const __m256i x = (__m256i)a.v, y = (__m256i)b.v;
+  const __m256i even = _mm256_mul_epu32(x, y);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(y, 32));
   high = (IntVec)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
   low = (IntVec)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
 #else
   for (int i = 0; i < W; ++i) {
-    const uint64_t product = uint64_t(uint32_t(a.v[i])) * m;
+    const uint64_t product = uint64_t(uint32_t(a.v[i])) * uint32_t(b.v[i]);
     high.v[i] = int32_t(product >> 32);
     low.v[i] = int32_t(product);
   }
 #endif
+}
+ARIMG_INLINE void multiply_wide(I32 a, uint32_t m, I32& high, I32& low) {
+  multiply_wide(a, I32(int32_t(m)), high, low);
 }
 
 // The sum of the lanes as unsigned numbers, in 64 bits.
@@ -383,6 +388,16 @@ ARIMG_INLINE uint32_t lane_bits(Mask m) {
   for (int i = 0; i < W; ++i) r |= uint32_t(m.m[i] & 1) << i;
   return r;
 #endif
+}
+
+// A byte for each lane: 1 where it is set, else 0.
+ARIMG_INLINE void store_bytes(Mask m, uint8_t* p) {
+  typedef uint8_t ByteVec __attribute__((vector_size(W)));
+  const ByteVec bytes = __builtin_convertvector(m.m & 1, ByteVec);
+  __builtin_memcpy(p, &bytes, sizeof(bytes));
+}
+ARIMG_INLINE void store_bytes(Mask m, uint8_t* p, int n) {
+  for (int i = 0; i < n; ++i) p[i] = uint8_t(m.m[i] & 1);
 }
 
 #if ARIMG_WIDTH == 8
@@ -480,6 +495,21 @@ ARIMG_INLINE F32 pick(F32 a, F32 b, I32 index) {
   for (int i = 0; i < W; ++i) r.v[i] = both[index.v[i]];
   return r;
 #endif
+}
+
+// Lanes 0, 2, 4, ... and 1, 3, 5, ... of the 2 W lanes of a and b.
+template <int... Lane>
+static ARIMG_INLINE void part_lanes(F32 a, F32 b, F32& even, F32& odd) {
+  even = __builtin_shufflevector(a.v, b.v, (2 * Lane)...);
+  odd = __builtin_shufflevector(a.v, b.v, (2 * Lane + 1)...);
+}
+static ARIMG_INLINE void part_pairs(F32 a, F32 b, F32& even, F32& odd) {
+  if constexpr (W == 16)
+    part_lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(a, b, even, odd);
+  else if constexpr (W == 8)
+    part_lanes<0, 1, 2, 3, 4, 5, 6, 7>(a, b, even, odd);
+  else
+    part_lanes<0, 1, 2, 3>(a, b, even, odd);
 }
 
 // Transposes a W x W matrix held as W vectors.

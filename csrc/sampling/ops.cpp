@@ -35,25 +35,6 @@ Tensor sample_op(const Tensor& logits, const std::optional<Tensor>& seeds, int64
   return out;
 }
 
-// [entries, tokens, width], strides of 0 where rows share it.
-Plane plane_of(const std::optional<Tensor>& t, const Tensor& like, ScalarType dtype, int64_t entries,
-               int64_t tokens, int64_t width) {
-  if (!t.has_value()) return {};
-  require(t->scalar_type() == dtype && t->device() == like.device() && t->dim() == 3 &&
-              t->size(0) == entries && t->size(1) == tokens && t->size(2) == width &&
-              (t->stride(2) == 1 || width == 1),
-          "arimg: expected processors [entries, tokens, V] with contiguous rows");
-  return {t->const_data_ptr(), t->stride(0), t->stride(1)};
-}
-
-TokenSet set_of(const std::optional<Tensor>& t, const Tensor& like, int64_t entries, int64_t tokens,
-                int64_t vocabulary) {
-  const bool bits = t.has_value() && t->scalar_type() == ScalarType::Byte;
-  return {plane_of(t, like, bits ? ScalarType::Byte : ScalarType::Bool, entries, tokens,
-                   bits ? (vocabulary + 7) / 8 : vocabulary),
-          bits};
-}
-
 std::tuple<Tensor, Tensor> sample_with_op(
     const Tensor& logits, const std::optional<Tensor>& seeds, int64_t first_seed,
     const std::optional<Tensor>& offset, int64_t position, double temperature, int64_t top_k, double top_p,
@@ -67,11 +48,7 @@ std::tuple<Tensor, Tensor> sample_with_op(
   static_cast<Rows&>(p) = rows_of(logits, temperature, top_k, top_p, min_p, guidance, guidances);
   const int64_t entries = logits.size(0) / (p.guided ? 2 : 1), tokens = p.tokens, width = p.vocabulary;
   static_cast<Draws&>(p) = draws_of(logits, entries, seeds, first_seed, offset, position);
-  constexpr const char* one_each = "arimg: expected temperature, top_k, top_p and min_p of one per row";
-  p.temperatures = values<float>(temperatures, logits, ScalarType::Float, entries, one_each);
-  p.top_ks = values<int64_t>(top_ks, logits, ScalarType::Long, entries, one_each);
-  p.top_ps = values<float>(top_ps, logits, ScalarType::Float, entries, one_each);
-  p.min_ps = values<float>(min_ps, logits, ScalarType::Float, entries, one_each);
+  set_each(p, logits, entries, temperatures, top_ks, top_ps, min_ps);
   p.processors = {set_of(seen, logits, entries, tokens, width),
                   float(penalty),
                   plane_of(factor, logits, ScalarType::Float, entries, tokens, width),

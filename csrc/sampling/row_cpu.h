@@ -342,16 +342,22 @@ struct Prepared {
   float top;
 };
 
+// The x of row r into `row`; gives the largest.
 template <typename T>
-static Prepared prepare(const Rows& p, int64_t r, const Workspace& w) {
-  const Settings set = settings_of(p, r / p.tokens);
+static float transform_row(const Rows& p, int64_t r, const Settings& set, const List& row) {
   const bool tempered = set.temperature != 1.f && !p.processed;
   const Transform f{F32(set.s), F32(set.t), F32(set.temperature), p.guided, tempered};
   const T* cond = (const T*)p.logits + r * p.row_stride;
   const T* uncond = cond + p.rows * p.row_stride;
+  const float top = p.guided ? fill<true>(f, cond, uncond, row) : fill<false>(f, cond, cond, row);
+  return p.processed ? process(p, r, set.temperature, row) : top;
+}
+
+template <typename T>
+static Prepared prepare(const Rows& p, int64_t r, const Workspace& w) {
+  const Settings set = settings_of(p, r / p.tokens);
   List row = w.row;
-  float top = p.guided ? fill<true>(f, cond, uncond, row) : fill<false>(f, cond, cond, row);
-  if (p.processed) top = process(p, r, set.temperature, row);
+  const float top = transform_row<T>(p, r, set, row);
   if (top == -infinity) return {only(w, 0), top};
   if (set.top_k == 1) return {only(w, first_at(row, top)), top};
 

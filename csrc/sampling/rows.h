@@ -52,6 +52,36 @@ inline Rows rows_of(const Tensor& logits, double temperature, int64_t top_k, dou
   return p;
 }
 
+// Settings of one per entry.
+inline void set_each(Rows& p, const Tensor& logits, int64_t entries,
+                     const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks,
+                     const std::optional<Tensor>& top_ps, const std::optional<Tensor>& min_ps) {
+  constexpr const char* one_each = "arimg: expected temperature, top_k, top_p and min_p of one per row";
+  p.temperatures = values<float>(temperatures, logits, ScalarType::Float, entries, one_each);
+  p.top_ks = values<int64_t>(top_ks, logits, ScalarType::Long, entries, one_each);
+  p.top_ps = values<float>(top_ps, logits, ScalarType::Float, entries, one_each);
+  p.min_ps = values<float>(min_ps, logits, ScalarType::Float, entries, one_each);
+}
+
+// [entries, tokens, width], strides of 0 where rows share it.
+inline Plane plane_of(const std::optional<Tensor>& t, const Tensor& like, ScalarType dtype, int64_t entries,
+                      int64_t tokens, int64_t width) {
+  if (!t.has_value()) return {};
+  require(t->scalar_type() == dtype && t->device() == like.device() && t->dim() == 3 &&
+              t->size(0) == entries && t->size(1) == tokens && t->size(2) == width &&
+              (t->stride(2) == 1 || width == 1),
+          "arimg: expected processors [entries, tokens, V] with contiguous rows");
+  return {t->const_data_ptr(), t->stride(0), t->stride(1)};
+}
+
+inline TokenSet set_of(const std::optional<Tensor>& t, const Tensor& like, int64_t entries, int64_t tokens,
+                       int64_t vocabulary) {
+  const bool bits = t.has_value() && t->scalar_type() == ScalarType::Byte;
+  return {plane_of(t, like, bits ? ScalarType::Byte : ScalarType::Bool, entries, tokens,
+                   bits ? (vocabulary + 7) / 8 : vocabulary),
+          bits};
+}
+
 inline Draws draws_of(const Tensor& like, int64_t entries, const std::optional<Tensor>& seeds,
                       int64_t first_seed, const std::optional<Tensor>& offset, int64_t position) {
   return {values<int64_t>(seeds, like, ScalarType::Long, entries, "arimg: expected int64 seeds, one per row"),

@@ -102,11 +102,29 @@ void sample(const Sample& p, int64_t begin, int64_t end, void* workspace) {
   });
 }
 
+// Of W neighbouring positions from one whose low word does not wrap before the last.
+static ARIMG_INLINE F32 uniforms(uint64_t seed, uint64_t position, uint32_t draw) {
+  I32 c[4] = {I32((IntVec)((UintVec)lane_index().v + uint32_t(position))), I32(int32_t(position >> 32)),
+              I32(int32_t(draw)), I32(0)};
+  philox_rounds(c, seed);
+  const F32 u = (to_float((c[0] >> 8) & I32(0xffffff)) + F32(0.5f)) * F32(0x1p-24f);
+  return min(u, F32(1.f - 0x1p-24f));
+}
+
 void philox_uniform(const PhiloxUniform& p, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r)
-    for (int64_t j = 0; j < p.columns; ++j)
-      p.out[r * p.columns + j] =
-          arimg::philox_uniform(uint64_t(p.seeds[r]), p.position + uint64_t(j), p.draw);
+  for (int64_t r = begin; r < end; ++r) {
+    const uint64_t seed = uint64_t(p.seeds[r]);
+    float* out = p.out + r * p.columns;
+    for (int64_t j = 0; j < p.columns;) {
+      const uint64_t position = p.position + uint64_t(j);
+      if (p.columns - j >= W && uint32_t(position) <= ~uint32_t(0) - (W - 1)) {
+        uniforms(seed, position, p.draw).store(out + j);
+        j += W;
+      } else {
+        out[j++] = arimg::philox_uniform(seed, position, p.draw);
+      }
+    }
+  }
 }
 
 void exp_weights(const float* d, int32_t* weights, int64_t count) {

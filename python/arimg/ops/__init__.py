@@ -31,7 +31,8 @@ from arimg.ops.sampling import Drawn, philox_uniform, sample
 from arimg.ops.sampling_accept import Accepted, Law, speculative_accept, token_law
 from arimg.ops.sampling_accept_gaussian import AcceptedValues, gaussian_accept
 from arimg.ops.sampling_accept_grouped import grouped_accept
-from arimg.ops.sampling_confident import keep_most_confident, sample_bits
+from arimg.ops.sampling_bits import sample_bits
+from arimg.ops.sampling_confident import keep_most_confident
 from arimg.reference.sampling import frequency_factor
 
 __all__ = [

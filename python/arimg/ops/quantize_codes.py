@@ -12,8 +12,8 @@ from torch import Tensor
 
 from arimg import reference
 from arimg.ops._common import FLOATING, StraightThrough, expect_floating, fake, kernels
-from arimg.ops.sampling import philox_uniform
-from arimg.reference.sampling import row_seeds
+from arimg.ops._sampling_rows import check_integers
+from arimg.ops.sampling_bits import bits_of_odds
 
 __all__ = ["bernoulli_bits", "fsq", "fsq_codes", "pack_bits", "sign_codes", "unpack_bits", "unpack_signs"]
 
@@ -125,26 +125,21 @@ def unpack_signs(
 def bernoulli_bits(x: Tensor, *, seed: int | Tensor | None = None, position: int = 0) -> Tensor:
     """Bits of a binary autoencoder: logits x [R, ..., d] -> 0 or 1 [R, ..., d] of x's dtype.
 
-    seed None: sigmoid(x) > 1/2. Otherwise a draw of probability sigmoid(x), taken in float32: bit n of the
-    j-th token of a row is philox_uniform(seed of the row, position + j, draw n) < sigmoid(x); an int s gives
-    row r the seed s + r, an int64 tensor [R] each row its own (docs/random-numbers.md).
+    seed None: sigmoid(x) > 1/2. Otherwise a draw of probability sigmoid(x), the bits that `sample_bits` gives
+    for the pairs of logits (0, x): bit n of the j-th token of a row takes number n of position + j; an int s
+    gives row r the seed s + r, an int64 tensor [R] each row its own (docs/random-numbers.md). NaN gives 0.
     Straight-through: the gradient is that of sigmoid(x). The quantized vector is `bits @ embedding`.
     """
     expect_floating("x", x)
     if x.dim() < 2 or x.shape[-1] < 1:
         raise ValueError(f"expected x [R, ..., d], got {list(x.shape)}")
-    p = torch.sigmoid(x.float())
     if seed is None:
-        bits = p.detach() > 0.5
+        bits = torch.sigmoid(x.detach().float()) > 0.5
     else:
-        seeds = seed if isinstance(seed, Tensor) else row_seeds(seed, x.shape[0], x.device)
-        if seeds.shape != x.shape[:1]:
-            raise ValueError(f"expected seed [{x.shape[0]}], one per row, got {list(seeds.shape)}")
-        tokens = prod(x.shape[1:-1])
-        draws = [philox_uniform(seeds, position, tokens, draw=n) for n in range(x.shape[-1])]
-        bits = torch.stack(draws, -1).view(x.shape) < p.detach()
+        check_integers("seed", seed, x.shape[0], x)
+        bits = bits_of_odds(x, seed, position)
     if torch.is_grad_enabled() and x.requires_grad:
-        return StraightThrough.apply(p, bits.to(x.dtype))
+        return StraightThrough.apply(torch.sigmoid(x.float()), bits.to(x.dtype))
     return bits.to(x.dtype)
 
 

@@ -31,7 +31,8 @@ from arimg.reference.sampling import frequency_factor, philox_uniform, sample
 from arimg.reference.sampling_accept import Accepted, Law, shared_noise_draw, speculative_accept, token_law
 from arimg.reference.sampling_accept_gaussian import AcceptedValues, gaussian_accept
 from arimg.reference.sampling_accept_grouped import group_masses, grouped_accept, rank_masses
-from arimg.reference.sampling_confident import keep_most_confident, sample_bits
+from arimg.reference.sampling_bits import sample_bits
+from arimg.reference.sampling_confident import keep_most_confident
 
 __all__ = [
     "Accepted",

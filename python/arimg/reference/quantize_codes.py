@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg.reference.precision import wide
-from arimg.reference.sampling import philox_uniform, row_seeds
+from arimg.reference.sampling import Drawn
+from arimg.reference.sampling_bits import sample_bits
 
 
 def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -77,20 +78,17 @@ def unpack_signs(
 
 
 def bernoulli_bits(x: Tensor, *, seed: int | Tensor | None = None, position: int = 0) -> Tensor:
-    """Logits x [R, ..., d] -> bits 0 or 1: sigmoid(x) > 1/2, or with seeds a draw of that probability.
-
-    Bit n of the j-th token of a row is the uniform number of (its seed, position + j, draw n). The gradient
-    is that of sigmoid(x).
+    """Logits x [R, ..., d] -> bits 0 or 1: sigmoid(x) > 1/2, or with seeds a draw of that probability, which
+    is `sample_bits` of the pairs (0, x). The gradient is that of sigmoid(x).
     """
     p = torch.sigmoid(wide(x))
     if seed is None:
-        u = torch.full_like(p, 0.5)
+        drawn: Tensor | Drawn = p.detach() > 0.5
     else:
-        seeds = seed if isinstance(seed, Tensor) else row_seeds(seed, x.shape[0], x.device)
-        tokens = prod(x.shape[1:-1])
-        draws = [philox_uniform(seeds, position, tokens, draw=n) for n in range(x.shape[-1])]
-        u = torch.stack(draws, -1).view(x.shape)
-    bits = (u < p.detach()).to(x.dtype)
+        value = x.detach()
+        drawn = sample_bits(torch.stack((torch.zeros_like(value), value), -1), seed=seed, position=position)
+    assert isinstance(drawn, Tensor)
+    bits = drawn.to(x.dtype)
     return bits + (p - p.detach()).to(x.dtype) if x.requires_grad else bits
 
 

@@ -1,11 +1,9 @@
-"""The most confident proposals and bits drawn from pairs of logits, composed of sorts and of `sample`."""
+"""The most confident proposals of a step, by a stable sort."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from arimg.reference.sampling import Drawn, sample
 
 
 def keep_most_confident(confidence: Tensor, count: int | Tensor, candidates: Tensor | None = None) -> Tensor:
@@ -22,37 +20,3 @@ def keep_most_confident(confidence: Tensor, count: int | Tensor, candidates: Ten
     else:
         chosen = (torch.arange(value.shape[-1], device=value.device) < left).expand_as(order)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen)
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """bool [..., d <= 63] -> int64 [...], the first bit the most significant."""
-    shift = torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)
-    return (bits.long() << shift).sum(-1)
-
-
-def sample_bits(
-    logits: Tensor,
-    *,
-    seed: int | Tensor,
-    position: int | Tensor = 0,
-    temperature: float | Tensor = 1.0,
-    top_p: float | Tensor = 1.0,
-    min_p: float | Tensor = 0.0,
-    guidance: float | Tensor | None = None,
-    packed: bool = False,
-) -> Tensor:
-    """Each bit from its two logits: [R, ..., d, 2] -> bool [R, ..., d], or packed int64 [R, ...]."""
-    d = logits.shape[-2]
-    flat = logits.reshape(logits.shape[0], -1, 2)
-    bits = sample(
-        flat,
-        seed=seed,
-        position=position * d,
-        temperature=temperature,
-        top_p=top_p,
-        min_p=min_p,
-        guidance=guidance,
-    )
-    assert not isinstance(bits, Drawn)
-    bits = bits.reshape(-1, *logits.shape[1:-1]).bool()
-    return pack_bits(bits) if packed else bits
