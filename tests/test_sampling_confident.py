@@ -1,8 +1,7 @@
-"""Keeping the most confident proposals, mask schedules, guidance formulas."""
+"""Keeping the most confident proposals; guidance formulas."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arimg import _library, commit, ops, reference
+from arimg import _library, ops, reference
 from arimg.guidance import BeyondConditional, FromUnconditional, LinearRamp
 
 
@@ -181,60 +180,6 @@ def test_keeping_compiles_without_graph_breaks_and_without_recompiling():
         arguments = make(rows, length), torch.arange(rows) * 9, make(rows, length, seed=1) > 0
         assert torch.equal(compiled(*arguments), ops.keep_most_confident(*arguments))
     assert len(graphs) == 1
-
-
-@pytest.mark.parametrize("kind", ["probability", "gumbel", "random"])
-def test_every_step_leaves_exactly_its_count_masked(kind):
-    """A whole generation of 256 tokens in 8 steps: counts as scheduled, nothing is committed twice."""
-    masked = commit.masked_after(256, 8)
-    assert masked[:-1] == [math.floor(256 * math.cos(math.pi / 2 * (k + 1) / 8)) for k in range(7)]
-    seeds, rows = torch.tensor([3, 4]), 2
-    final = torch.zeros(rows, 256, dtype=torch.bool)
-    noise = commit.AnnealedNoise(2.0)
-    for step in range(8):
-        drawn = ops.sample(
-            make(rows, 256, 20, seed=step), seed=seeds, position=step * 256, return_logprob=True
-        )
-        confidence = {
-            "probability": lambda d=drawn: commit.probability_confidence(d.logprob),
-            "gumbel": lambda d=drawn, k=step: commit.gumbel_confidence(
-                d.logprob, noise.temperature(k, 8), seeds, k * 256
-            ),
-            "random": lambda: commit.random_confidence(seeds, 256),
-        }[kind]()
-        before = 256 - (masked[step - 1] if step else 256)
-        chosen = ops.keep_most_confident(confidence, 256 - before - masked[step], ~final)
-        assert not (chosen & final).any()
-        final |= chosen
-        assert ((~final).sum(-1) == masked[step]).all()
-
-
-@pytest.mark.parametrize("ratio", [commit.cosine, commit.arccosine, commit.linear])
-def test_schedules_fall_to_zero(ratio):
-    assert ratio(0.0) == 1.0 and abs(ratio(1.0)) < 1e-15
-    for tokens, steps in ((256, 256), (256, 64), (64, 32), (5, 9), (1, 1), (0, 3)):
-        counts = commit.masked_after(tokens, steps, ratio)
-        assert len(counts) == steps and counts[-1] == 0
-        inner = [tokens, *counts[:-1]]
-        assert all(b < a or a <= 1 for a, b in itertools.pairwise(inner))
-
-
-def test_schedules_at_known_points():
-    assert commit.masked_after(10, 4, commit.linear) == [7, 5, 2, 0]
-    assert commit.masked_after(100, 2, commit.arccosine) == [66, 0]  # arccos(1/2) = pi/3
-    assert commit.masked_after(16, 3) == [13, 8, 0]
-    # MAR at 256 steps: the cosine alone would repeat a count at first, so one token goes at each step
-    assert commit.masked_after(256, 256)[:3] == [255, 254, 253]
-
-
-def test_gumbel_confidence_orders_by_the_softmax():
-    """Of n proposals, i comes first with probability p_i: confidence log p + Gumbel."""
-    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    seeds = torch.arange(20_000)
-    confidence = commit.gumbel_confidence(p.log().expand(20_000, 4), 1.0, seeds)
-    share = ops.keep_most_confident(confidence, 1).float().mean(0)
-    assert ((share - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt()).all()
-    assert torch.equal(commit.gumbel_confidence(p.log(), 0, seeds), p.log())
 
 
 # --- guidance --------------------------------------------------------------------------------------

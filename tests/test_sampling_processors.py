@@ -345,29 +345,6 @@ def test_compiles_without_graph_breaks():
         assert torch.equal(got, want)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or not _library.cuda_usable(), reason="no GPU")
-def test_cuda_graph_replays_with_new_seeds_and_settings():
-    logits = make(4, 3, 500).cuda()
-    seeds, position = torch.arange(4, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
-    temperature, allowed = torch.ones(4, device="cuda"), torch.ones(500, dtype=torch.bool, device="cuda")
-    arguments = dict(seed=seeds, position=position, temperature=temperature, allowed=allowed, top_p=0.9)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        ops.sample(logits, **arguments, return_logprob=True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        drawn = ops.sample(logits, **arguments, return_logprob=True)
-    for step in range(3):
-        seeds.add_(10)
-        position.add_(3)
-        temperature.mul_(0.9)
-        allowed[step::7] = False
-        graph.replay()
-        cpu = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
-        assert torch.equal(drawn.token.cpu(), reference.sample(logits.cpu(), **cpu))
-
-
 @pytest.mark.parametrize(
     "change, error, text",
     [
