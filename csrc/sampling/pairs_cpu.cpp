@@ -35,9 +35,22 @@ static Mask force(Mask drawn, const int64_t* forced, int n) {
   return drawn;
 }
 
-static ARIMG_INLINE void store_some(I32 x, int32_t* p, int n) {
-  if (n == W) return x.store(p);
-  for (int i = 0; i < n; ++i) p[i] = x[i];
+static ARIMG_INLINE void store_some(F32 x, float* p, int n) {
+  if (n == W)
+    x.store(p);
+  else
+    x.store_partial(p, n);
+}
+
+static ARIMG_INLINE void store_facts(const PairWeights& pair, Mask bit, float* logprob, float* entropy,
+                                     int n) {
+  const Mask some = pair.lesser > I32(0);
+  const F32 r = to_float(pair.lesser) * F32(0x1p-30f), log = log_one_plus(r);
+  const F32 below = select(some, pair.below, F32(0.f));
+  const F32 behind = select(some, below + log, F32(infinity));
+  const Mask led = {bit.m ^ pair.one_leads.m};
+  store_some(F32(0.f) - select(led, behind, log), logprob, n);
+  store_some(log + r * below / (r + F32(1.f)), entropy, n);
 }
 
 // `row` holds the x of the token, `numbers` has room for its random numbers, and elements before `last` may
@@ -61,11 +74,7 @@ static void token_bits(const SampleBits& p, int64_t r, int32_t least, const List
       store_bytes(set, p.out + at);
     else
       store_bytes(set, p.out + at, n);
-    if (!p.facts) continue;
-    store_some(pair.of(set), p.facts + at, n);
-    store_some(pair.of({~set.m}), p.facts + plane + at, n);
-    const F32 below = select(pair.lesser > I32(0), pair.below, F32(0.f));
-    store_some(round_to_int(to_float(pair.lesser) * below), p.facts + 2 * plane + at, n);
+    if (p.facts) store_facts(pair, set, p.facts + at, p.facts + plane + at, n);
   }
 }
 

@@ -27,6 +27,16 @@ struct PairWeights {
     multiply_wide(number, uint32_t(weight_one) + uint32_t(lesser), high, low);
     return high >= uint32_t(of(false));
   }
+  __device__ __forceinline__ float ratio() const { return multiply(to_float(lesser), 0x1p-30f); }
+  __device__ __forceinline__ float logprob(bool bit) const {
+    const float log = log_one_plus(ratio());
+    if (bit == one_leads) return 0.f - log;
+    return lesser > 0 ? 0.f - (below + log) : -INFINITY;
+  }
+  __device__ __forceinline__ float entropy() const {
+    if (lesser == 0) return 0.f;
+    return log_one_plus(ratio()) + divide(multiply(ratio(), below), ratio() + 1.f);
+  }
 };
 
 template <typename T>
@@ -50,10 +60,8 @@ __global__ void __launch_bounds__(THREADS) sample_bits_kernel(SampleBits p, int 
     if (p.forced != nullptr && p.forced[at] >= 0) bit = p.forced[at] > 0;
     p.out[at] = bit;
     if (p.facts == nullptr) continue;
-    p.facts[at] = pair.of(bit);
-    p.facts[plane + at] = pair.of(!bit);
-    const float below = pair.lesser > 0 ? pair.below : 0.f;
-    p.facts[2 * plane + at] = round_to_int(multiply(to_float(pair.lesser), below));
+    p.facts[at] = pair.logprob(bit);
+    p.facts[plane + at] = pair.entropy();
   }
 }
 

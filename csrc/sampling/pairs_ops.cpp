@@ -30,10 +30,10 @@ std::tuple<Tensor, Tensor> sample_bits_op(
   p.forced =
       values<int64_t>(forced, logits, ScalarType::Long, p.rows * p.bits, "arimg: expected int64 forced bits");
   Tensor out = empty(logits, std::initializer_list<int64_t>{entries, tokens, p.bits}, ScalarType::Bool);
-  Tensor told =
-      empty(logits, std::initializer_list<int64_t>{facts ? 3 : 0, entries, tokens, p.bits}, ScalarType::Int);
+  Tensor told = empty(logits, std::initializer_list<int64_t>{facts ? 2 : 0, entries, tokens, p.bits},
+                      ScalarType::Float);
   p.out = static_cast<uint8_t*>(out.mutable_data_ptr());
-  p.facts = facts ? static_cast<int32_t*>(told.mutable_data_ptr()) : nullptr;
+  p.facts = facts ? static_cast<float*>(told.mutable_data_ptr()) : nullptr;
   if (p.rows == 0) return {out, told};
   if (on_gpu(logits)) {
     GpuScope scope(logits);

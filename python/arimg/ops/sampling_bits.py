@@ -23,7 +23,7 @@ from arimg.ops._sampling_rows import (
     tensor,
 )
 from arimg.ops.sampling import Drawn
-from arimg.reference.sampling import drawn, wrap_int64
+from arimg.reference.sampling import wrap_int64
 
 __all__ = ["sample_bits"]
 
@@ -164,8 +164,8 @@ def sample_bits(
     token = ops.pack_bits(bits.reshape(-1, d), True).reshape(shape[:-1]) if packed else bits
     if not return_logprob:
         return token
-    own, other, smaller = facts.long().reshape(3, *shape)
-    return drawn(token, torch.stack((own, own + other, smaller), -1))
+    logprob, entropy = facts.reshape(2, *shape)
+    return Drawn(token, logprob, entropy)
 
 
 def bits_of_odds(x: Tensor, seed: int | Tensor, position: int | Tensor) -> Tensor:
@@ -229,5 +229,5 @@ def _sample_bits_fake(
     guided = guidance is not None or guidances is not None
     rows = logits.shape[0] // 2 if guided else logits.shape[0]
     shape = (rows, logits.shape[1], logits.shape[2] if odds else logits.shape[2] // 2)
-    told = logits.new_empty((3 if facts else 0, *shape), dtype=torch.int32)
+    told = logits.new_empty((2 if facts else 0, *shape), dtype=torch.float32)
     return logits.new_empty(shape, dtype=torch.bool), told

@@ -5,17 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arimg.reference.sampling import (
-    _ONE,
-    Drawn,
-    _facts,
-    _per_row,
-    _values,
-    drawn,
-    exp_weight,
-    numbers,
-    row_seeds,
-)
+from arimg.reference.sampling import _ONE, Drawn, _fma, _per_row, _values, exp_weight, numbers, row_seeds
 
 
 def _least(
@@ -48,6 +38,28 @@ def pair_weights(x: Tensor, least: Tensor) -> Tensor:
     lesser = (x[..., 1:] <= x[..., :1]).long()  # its index; of equals outcome 1
     gone = (weight.gather(-1, lesser) < least[..., None]) | (top == -torch.inf)
     return weight.scatter(-1, lesser, weight.gather(-1, lesser).masked_fill(gone, 0))
+
+
+def _log_one_plus(r: Tensor) -> Tensor:
+    """log(1 + r) for float32 0 <= r <= 1, as csrc/sampling/pairs.h computes it."""
+    s = r / (2 + r)
+    u, twice = s * s, s + s
+    series = torch.full_like(u, float.fromhex("0x1.111112p-4"))
+    for coefficient in ("3b13b2p-4", "745d18p-4", "c71c72p-4", "24924ap-3", "99999ap-3", "555556p-2"):
+        series = _fma(u, series.double(), float.fromhex("0x1." + coefficient))
+    return _fma(twice * u, series.double(), twice)
+
+
+def _facts(x: Tensor, weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the bits and entropies of their laws: x, weight [N, d, 2] -> [N, d]."""
+    lesser = weight.amin(-1)
+    some = lesser > 0
+    r = lesser.float() * 2.0**-30
+    log = _log_one_plus(r)
+    apart = some & (x[..., 0] != x[..., 1])  # two infinities have no difference
+    below = torch.where(apart, x.amax(-1) - x.amin(-1), 0.0)
+    own = torch.where(bits == (x[..., 1] > x[..., 0]), log, torch.where(some, below + log, torch.inf))
+    return 0.0 - own, log + r * below / (r + 1.0)
 
 
 def _packed(bits: Tensor) -> Tensor:
@@ -106,7 +118,7 @@ def sample_bits(
     if forced is not None:
         forced = forced.reshape(bits.shape)
         bits = torch.where(forced >= 0, forced > 0, bits)
-    facts = _facts(x.reshape(-1, 2), weight.reshape(-1, 2), bits.reshape(-1).long())
+    logprob, entropy = _facts(x, weight, bits)
     bits = bits.reshape(shape)
     token = _packed(bits) if packed else bits
-    return drawn(token, facts.reshape(*shape, 3)) if return_logprob else token
+    return Drawn(token, logprob.reshape(shape), entropy.reshape(shape)) if return_logprob else token
