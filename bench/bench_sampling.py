@@ -173,7 +173,7 @@ def test_bits_with_logprob(peer, measure):
     measure("bits with log-probability and entropy, 4096 x 32", peer, function, bytes=logits.nbytes)
 
 
-@pytest.mark.parametrize("count", [100, "of each row"])
+@pytest.mark.parametrize("count", [100, "a count per row"])
 @pytest.mark.parametrize("peer", ["arimg", "torch topk", "torch sort"])
 def test_keep_most_confident(peer, count, measure):
     if peer == "torch topk" and count != 100:
@@ -199,7 +199,7 @@ def test_keep_most_confident(peer, count, measure):
         "torch topk": lambda: confidence.masked_fill(~candidates, -torch.inf).topk(100),
         "torch sort": by_sorting_all,
     }[peer]
-    measure(f"keep the {count} most confident, 64 x 1024", peer, function, bytes=confidence.nbytes)
+    measure(f"keep the most confident, {count}, 64 x 1024", peer, function, bytes=confidence.nbytes)
 
 
 @pytest.mark.parametrize("peer", ["arimg", "torch"])
