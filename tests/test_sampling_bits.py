@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from arimg import _library, ops, reference
 from arimg.reference.sampling import numbers, token_weights
-from arimg.reference.sampling_bits import _least, pair_weights
+from arimg.reference.sampling_bits import _least, _log_one_plus, pair_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILTERS = [
@@ -96,6 +96,13 @@ def test_filters_keep_what_their_definition_in_float64_keeps(backend, filters):
     assert torch.allclose(logprob.double()[~near], own.log()[~near], rtol=1e-6, atol=1e-6)
     want = -torch.where(kept > 0, kept * kept.log(), 0.0).sum(-1)
     assert torch.allclose(entropy.double()[~near], want[~near], rtol=1e-5, atol=1e-6)
+
+
+def test_the_logarithm_is_within_its_bound():
+    r = torch.cat((torch.linspace(0, 1, 100_001), torch.logspace(-9, 0, 100_000)))
+    exact = r.double().log1p()
+    assert ((_log_one_plus(r) - exact).abs() <= 2**-21 * exact).all()
+    assert _log_one_plus(torch.zeros(1)).item() == 0
 
 
 def test_drafts_of_one_bit_are_coupled_as_well_as_can_be(backend):

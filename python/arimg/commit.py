@@ -138,8 +138,8 @@ class LinearNoise:
 
 @dataclass(frozen=True)
 class CompoundingNoise:
-    """start times the product of all (1 - (j + 1) / steps) up to this step, as the released loop of Show-o,
-    which PARM took over, has it: a temperature meant to fall linearly that is overwritten at each step."""
+    """start times the product of all (1 - (j + 1) / steps) up to this step, as PARM's released code on Show-o
+    has it: a temperature meant to fall linearly that is overwritten at each step."""
 
     start: float
 
@@ -195,7 +195,7 @@ PUBLISHED: Mapping[str, Plan] = {
     "MaskGIT": Plan(ByRatio(8), "gumbel", noise=AnnealedNoise(4.5)),  # also the second stage of DiGIT
     "Meissonic": Plan(ByRatio(64), "gumbel", noise=LinearNoise(2.0)),
     "Show-o": Plan(ByRatio(18), "gumbel", noise=AnnealedNoise(1.0)),
-    "Show-o, released": Plan(ByRatio(18), "gumbel", noise=CompoundingNoise(1.0)),
+    "Show-o in PARM": Plan(ByRatio(18), "gumbel", noise=CompoundingNoise(1.0)),
     "MAR": Plan(ByRatio(256), "random"),
     "Hi-MAR pivots": Plan(ByRatio(32), "random"),
     "Hi-MAR dense": Plan(ByRatio(4), "random"),  # 12 steps for the H model
