@@ -30,9 +30,9 @@ struct Allowed {
   int64_t groups = 1;
 };
 
-// CPU: a codebook is first packed into panels of codes, one code per vector lane: [dim + 1][lanes] floats,
-// the offsets and then the negated codes; the last panel is filled up with codes that never win. With
-// `chosen` packed code i is code chosen[i], and book.count the number of these.
+// CPU: codes are packed into panels, one code per vector lane: [dim + 1][lanes] floats, the offsets and then
+// the codes; the last panel is filled up with codes that never win. With `chosen` (increasing) packed code i
+// is code chosen[i], and book.count the number of these. `packed` receives panel_begin and those that follow.
 ARIMG_CPU_KERNEL(int64_t, code_panels, (int64_t count))
 ARIMG_CPU_KERNEL(int64_t, panel_floats, (int64_t dim))
 ARIMG_CPU_KERNEL(void, pack_codes,
@@ -51,6 +51,27 @@ struct NearestCode {
 ARIMG_CPU_KERNEL(int64_t, nearest_code_scratch, (int64_t dim))
 // Rows [begin, end).
 ARIMG_CPU_KERNEL(void, nearest_code, (const NearestCode& p, float* scratch, int64_t begin, int64_t end))
+
+// The same search without a packed copy of the codebook, for codebooks that would be read from memory again
+// and again: a chunk of rows against codes that are packed a cache full at a time. Any ranges of panels may
+// be searched one by one: the key (sort_key.h) of a row is the lowest of its keys.
+struct StreamCodes {
+  Codebook book;
+  const int32_t* chosen;  // as in pack_codes
+  const float* x;         // as stream_rows writes it
+  int64_t rows;           // stream_chunk_rows at most
+};
+
+ARIMG_CPU_KERNEL(int64_t, stream_chunk_rows, (int64_t dim))
+// Floats of a row of a chunk, and of working memory that a call of stream_codes needs.
+ARIMG_CPU_KERNEL(int64_t, stream_row_floats, (int64_t dim))
+ARIMG_CPU_KERNEL(int64_t, stream_scratch, (int64_t dim))
+// Rows [first, first + rows) of x [.., dim] for StreamCodes; `to` has room for stream_chunk_rows.
+ARIMG_CPU_KERNEL(void, stream_rows,
+                 (DType dtype, const void* x, int64_t dim, int64_t first, int64_t rows, float* to))
+ARIMG_CPU_KERNEL(void, stream_codes,
+                 (const StreamCodes& p, float* scratch, int64_t panel_begin, int64_t panel_end,
+                  uint64_t* keys))
 
 // GPU: code_offsets_cuda writes offsets [groups, count] (for `cosine` the lengths of the codes; NaN for codes
 // that are not allowed, so that their scores are NaN); then

@@ -14,7 +14,9 @@ void search_allowed(const Codebook& book, const Allowed& allowed, const Tensor& 
     for (int64_t code = 0; code < book.count; ++code)
       if (allowed.codes[group * book.count + code]) chosen.push_back(int32_t(code));
     const char* first = (const char*)x.const_data_ptr() + group * rows * row_bytes;
-    if (!chosen.empty()) PackedCodes(book, chosen).search(dtype_of(x), first, rows, index);
+    Codebook subset = book;
+    subset.count = int64_t(chosen.size());
+    if (!chosen.empty()) search_codes(subset, chosen.data(), dtype_of(x), first, rows, index);
     for (int64_t row = 0; row < rows; ++row) index[row] = chosen.empty() ? -1 : chosen[size_t(index[row])];
   }
 }
@@ -40,7 +42,7 @@ Tensor nearest_code_op(const Tensor& x, const Tensor& codebook, int64_t metric,
   } else if (groups.codes != nullptr) {
     search_allowed(book, groups, x, out);
   } else {
-    PackedCodes(book).search(dtype_of(x), x.const_data_ptr(), rows, out);
+    search_codes(book, nullptr, dtype_of(x), x.const_data_ptr(), rows, out);
   }
   return index;
 }

@@ -41,7 +41,7 @@ struct State {
 
 int64_t softmax_mean_scratch(int64_t dim) {
   int64_t padded = value_panels(dim) * value_columns(dim);
-  return TILE_ROWS * (dim + padded + BLOCK) + 16;
+  return TILE_ROWS * (chunk_stride(dim) + padded + BLOCK) + 16;
 }
 
 // Exponents of one row into `weights`, and the state for them. n is the number of codes, `weights` holds
@@ -99,7 +99,7 @@ static void add_values(const float* weights, const State& state, const float* va
     for (int v = 0; v < V; ++v) sum[r][v].store(out + r * stride + v * W);
 }
 
-// Minus the products of the tile's rows with codes [first, first + n).
+// Minus the products of the tile's rows (x holds them negated) with codes [first, first + n).
 static void negated_products(const SoftmaxMean& p, const float* x, const float* packed, int64_t first,
                              int64_t n, float* out) {
   const float* panel = packed + first / PANEL * (p.dim + 1) * PANEL;
@@ -107,7 +107,7 @@ static void negated_products(const SoftmaxMean& p, const float* x, const float* 
     asm("" : "+r"(x));  // as in nearest_code
     Tile<TILE_ROWS> tile;
     tile.start(F32(0.f), F32(0.f));
-    tile.multiply(x, p.dim, panel + PANEL, p.dim);
+    tile.multiply(x, chunk_stride(p.dim), panel + PANEL, p.dim);
     for (int r = 0; r < TILE_ROWS; ++r)
       for (int half = 0; half < 2; ++half) tile.sum[r][half].store(out + r * BLOCK + i + half * W);
   }

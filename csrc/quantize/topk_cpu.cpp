@@ -114,12 +114,12 @@ static __attribute__((noinline)) void append(const Lists& lists, int64_t row, in
 template <int DIM>
 static void search_tile(const NearestCodes& p, const float* x, int64_t first_panel, int64_t n_panels,
                         const Lists& lists, int64_t row) {
-  const int64_t D = DIM > 0 ? DIM : p.dim;
+  const int64_t D = DIM > 0 ? DIM : p.dim, stride = DIM > 0 ? DIM : chunk_stride(D);
   const float* panel = p.packed + first_panel * (D + 1) * PANEL;
   for (int64_t i = first_panel; i < first_panel + n_panels; ++i, panel += (D + 1) * PANEL) {
     asm("" : "+r"(x));  // as in nearest_code
     Tile<TILE_ROWS> tile;
-    score_panel(tile, x, D, panel);
+    score_panel(tile, x, stride, D, panel);
     int64_t code = i * PANEL;
     if (code < p.k) {  // a list is never shorter than k, even of scores that are NaN
       I32 last(int32_t(at_most(p.count - code, PANEL)));
@@ -139,7 +139,8 @@ static void search_tile(const NearestCodes& p, const float* x, int64_t first_pan
 template <int DIM>
 static void search_chunk(const NearestCodes& p, const float* x, const Lists& lists, int64_t rows,
                          int64_t first_row) {
-  int64_t D = p.dim, panels = (p.count + PANEL - 1) / PANEL, per_block = block_panels(D);
+  int64_t D = p.dim, stride = chunk_stride(D);
+  int64_t panels = (p.count + PANEL - 1) / PANEL, per_block = block_panels(D);
   int64_t padded = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
   for (int64_t row = 0; row < padded; ++row) {
     lists.threshold[row] = INFINITE;
@@ -147,12 +148,13 @@ static void search_chunk(const NearestCodes& p, const float* x, const Lists& lis
   }
   for (int64_t first = 0; first < panels; first += per_block)
     for (int64_t row = 0; row < padded; row += TILE_ROWS)
-      search_tile<DIM>(p, x + row * D, first, at_most(panels - first, per_block), lists, row);
+      search_tile<DIM>(p, x + row * stride, first, at_most(panels - first, per_block), lists, row);
   for (int64_t row = 0; row < rows; ++row) {
     select(lists, row, p.k);
     sort(lists.keys, p.k);
     float squares = 0.f;
-    for (int64_t d = 0; d < D; ++d) squares = __builtin_fmaf(x[row * D + d], x[row * D + d], squares);
+    for (int64_t d = 0; d < D; ++d)
+      squares = __builtin_fmaf(x[row * stride + d], x[row * stride + d], squares);
     for (int i = 0; i < p.k; ++i) {
       int64_t at = (first_row + row) * p.k + i;
       p.value[at] = value_of_score(p.metric, key_score(lists.keys[i]), squares);
@@ -161,16 +163,19 @@ static void search_chunk(const NearestCodes& p, const float* x, const Lists& lis
   }
 }
 
-// Rows whose fp32 copy takes 128 KiB and whose lists take 256 KiB at most.
+// Rows whose fp32 copy takes 128 KiB (of long rows more, so that codes do not come from memory for every
+// tile) and whose lists take 256 KiB at most.
 static ARIMG_INLINE int64_t chunk_rows(int64_t dim, int k) {
-  int64_t by_x = 32768 / (dim * TILE_ROWS), by_lists = 32768 / ((list_room(k) + W) * TILE_ROWS);
+  int64_t by_x = 32768 / (dim * TILE_ROWS);
+  by_x = by_x < 8 ? 8 : by_x;
+  int64_t by_lists = 32768 / ((list_room(k) + W) * TILE_ROWS);
   int64_t tiles = at_most(at_most(by_x, by_lists), 32);
   return TILE_ROWS * (tiles < 1 ? 1 : tiles);
 }
 
 int64_t nearest_codes_scratch(int64_t dim, int k) {
   int64_t rows = chunk_rows(dim, k), room = list_room(k);
-  return rows * (dim + 2 + 2 * (room + W)) + 2 * room + 32;
+  return rows * (chunk_stride(dim) + 2 + 2 * (room + W)) + 2 * room + 32;
 }
 
 void nearest_codes(const NearestCodes& p, float* scratch, int64_t begin, int64_t end) {
