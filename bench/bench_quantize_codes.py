@@ -38,6 +38,46 @@ def test_vector_quantize(tokens: int, mode: str, peer: str, measure: Callable[..
         measure(f"VectorQuantize {size}x8, {mode}, N={tokens}", peer, lambda: made[peer](x))
 
 
+@pytest.mark.parametrize("peer", [OURS, "a loop of nearest_code", PACKAGE])
+@pytest.mark.parametrize(
+    "tokens, size, dim, depth", [(256, 2048, 64, 8), (1024, 1024, 8, 8), (64, 16384, 256, 4)]
+)
+def test_residual_vq(
+    tokens: int, size: int, dim: int, depth: int, peer: str, measure: Callable[..., float]
+) -> None:
+    package: Any = pytest.importorskip("vector_quantize_pytorch")
+    tokens, size = (16, 64) if SMOKE else (tokens, size)
+    torch.manual_seed(0)
+    theirs = package.ResidualVQ(dim=dim, num_quantizers=depth, codebook_size=size).eval()
+    ours = nn.ResidualVQ(dim=dim, num_quantizers=depth, codebook_size=size).eval()
+    scale = 0.7 ** torch.arange(depth)  # as trained ones: finer from depth to depth
+    for q, layer in enumerate(theirs.layers):
+        layer._codebook.embed.copy_(rows(1, size, dim, seed=q) * scale[q])
+    ours.load_state_dict(theirs.state_dict())
+    x, books = rows(1, tokens, dim, seed=99), ours.codebooks
+
+    def loop() -> tuple[torch.Tensor, torch.Tensor]:
+        residual, indices = x[0], []
+        total = torch.zeros_like(residual)
+        for book in books:
+            index = ops.nearest_code(residual, book)
+            chosen = ops.lookup(index, book)
+            residual, total = residual - chosen, total + chosen
+            indices.append(index)
+        return total[None], torch.stack(indices, -1)[None]
+
+    peers: dict[str, Callable[[], Any]] = {
+        OURS: lambda: ours(x),
+        "a loop of nearest_code": loop,
+        PACKAGE: lambda: theirs(x),
+    }
+    with torch.no_grad():
+        different = (peers[peer]()[1] != ours(x)[1]).any(-1).sum()
+        assert different <= 1 + tokens // 200  # equally near within rounding, and what follows from it
+        work = 2 * tokens * size * dim * depth
+        measure(f"ResidualVQ, {depth} x {size}x{dim}, eval, N={tokens}", peer, peers[peer], flops=work)
+
+
 def fsq_formula(z: torch.Tensor, c: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     k = (torch.tanh(z + c["shift"]) * c["half"] - c["offset"]).round()
     return k / c["width"], ((k + c["width"]) * c["basis"]).sum(-1).long()

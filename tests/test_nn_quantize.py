@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from arimg import nn, ops
 from arimg.nn.scalar_quantize import code_entropies
+from arimg.ops.quantize_search import residual_codes
 
 
 @pytest.fixture
@@ -244,6 +245,26 @@ def test_residual_vq_on_images():
     assert torch.equal(out.flatten(2).transpose(1, 2), rows)
     assert torch.equal(indices.flatten(1, 2), row_indices)
     assert indices.shape == (2, 3, 5, 3) and losses.shape == (3,)
+
+
+@pytest.mark.parametrize("arguments", [dict(), dict(shared_codebook=True), dict(codebook_dim=4)], ids=str)
+def test_residual_vq_searches_all_depths_at_once_in_eval(package, arguments, monkeypatch):
+    ours, theirs = pair(package, "ResidualVQ", dim=8, num_quantizers=4, codebook_size=20, **arguments)
+    ours.eval(), theirs.eval()
+    x = tokens(2, 30, 8)
+    calls, search = [], residual_codes
+    monkeypatch.setattr(
+        "arimg.nn.residual_vq.residual_codes", lambda *given: calls.append(1) or search(*given)
+    )
+    at_once = ours(x)
+    assert calls == [1]
+    one_by_one = ours(x, return_all_codes=True)[:3]
+    for got, other, expected in zip(at_once, one_by_one, theirs(x)):
+        assert torch.equal(got, other) and got.dtype == other.dtype
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    ours(x, mask=torch.ones(2, 30, dtype=torch.bool))
+    ours.train()(x)
+    assert calls == [1]
 
 
 def test_fewer_quantizers_give_the_coarse_sum():

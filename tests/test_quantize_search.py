@@ -268,6 +268,31 @@ def test_residual_depth(backend, dtype):
     assert torch.equal(alone[0], indices[7:9]) and torch.equal(alone[1], quantized[7:9])
 
 
+@pytest.mark.parametrize("rows, count, dim", [(5, 300, 12), (70, 70, 40), (3, 260, 130), (2, 9, 5)])
+def test_residual_depth_is_a_loop_of_nearest_codes(backend, rows, count, dim):
+    """Bit for bit; few rows of a codebook in parts, and rows that a block keeps through all depths."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(rows, dim, generator=g).to(backend.device)
+    codebooks = torch.randn(3, count, dim, generator=g).to(backend.device)
+    x[1, 1] = NAN
+    indices, quantized = ops.residual_nearest_code(x, codebooks)
+    residual, total = x.clone(), None
+    for depth, codebook in enumerate(codebooks):
+        index = ops.nearest_code(residual, codebook)
+        assert torch.equal(indices[:, depth], index)
+        residual = residual - codebook[index]
+        total = codebook[index] if total is None else total + codebook[index]
+    assert torch.equal(quantized, total) and indices[1].eq(0).all()
+
+
+def test_more_depths_than_the_kernel_takes():
+    x, codebook = make(4, 5, 3)
+    books = codebook[None].repeat(70, 1, 1)
+    indices, quantized = ops.residual_nearest_code(x, books)
+    few, _ = ops.residual_nearest_code(x, books[:64])
+    assert indices.shape == (4, 70) and torch.equal(indices[:, :64], few) and quantized.shape == x.shape
+
+
 def test_one_depth_is_quantize_and_the_gradient_passes_straight_through():
     x, codebook = make(30, 40, 8)
     x.requires_grad_()
@@ -292,6 +317,7 @@ def test_opcheck(namespace):
     packet = getattr(torch.ops, namespace)
     x, codebook = make(10, 20, 8)
     torch.library.opcheck(packet.nearest_codes, (x, codebook, 3, 0))
+    torch.library.opcheck(packet.residual_codes, (x, [codebook[:10], codebook[10:]]))
     torch.library.opcheck(packet.nearest_code, (x, codebook, 1, torch.ones(2, 20, dtype=torch.bool)))
 
 

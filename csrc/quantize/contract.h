@@ -104,6 +104,8 @@ static inline int nearest_code_splits(int64_t rows, int64_t count) {
 Status code_offsets_cuda(const Codebook& book, const bool* allowed, int64_t groups, float* offsets,
                          void* stream);
 Status nearest_code_cuda(const NearestCodeGpu& p, void* stream);
+// The first launch alone: the keys (sort_key.h) of the parts when splits > 1.
+Status nearest_code_parts_cuda(const NearestCodeGpu& p, void* stream);
 
 // The gradient of a lookup: out[k] = sum of grad rows whose index is k, in row order and in fp32.
 struct LookupBackward {

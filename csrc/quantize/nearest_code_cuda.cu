@@ -131,13 +131,17 @@ Status code_offsets_cuda(const Codebook& book, const bool* allowed, int64_t grou
   });
 }
 
-Status nearest_code_cuda(const NearestCodeGpu& p, void* stream) {
+Status nearest_code_parts_cuda(const NearestCodeGpu& p, void* stream) {
   int64_t per_part = ceil_div(ceil_div(p.book.count, CODES), p.splits) * CODES;
   Grid grid(p.groups * ceil_div(p.rows / p.groups, ROWS), p.splits);
-  Status status = with_tile_types(p.dtype, p.x, p.book, [&](auto x, auto code, auto width) {
+  return with_tile_types(p.dtype, p.x, p.book, [&](auto x, auto code, auto width) {
     return ARIMG_LAUNCH((nearest_code_kernel<decltype(x), decltype(code), decltype(width)::value>), grid,
                         THREADS, SCORE_TILE_BYTES, stream, p, per_part);
   });
+}
+
+Status nearest_code_cuda(const NearestCodeGpu& p, void* stream) {
+  Status status = nearest_code_parts_cuda(p, stream);
   if (status != Status::ok || p.splits == 1) return status;
   return ARIMG_LAUNCH(combine_parts_kernel, ceil_div(p.rows, 128), 128, 0, stream, p);
 }

@@ -64,6 +64,24 @@ class ScoreTile {
         first_row_(first_row),
         row_end_(row_end) {}
 
+  // The same rows of another matrix, in the shared memory of a tile that is no longer used.
+  template <typename Other>
+  __device__ __forceinline__ ScoreTile(const ScoreTile<Other, TC, WIDTH, PRODUCTS>& from, const TX* x)
+      : x_(from.x_),
+        codes_(from.codes_),
+        offsets_(from.offsets_),
+        rows_(x),
+        book_(from.book_),
+        all_offsets_(from.all_offsets_),
+        first_row_(from.first_row_),
+        row_end_(from.row_end_) {}
+
+  // After a change of the codebook or of the rows.
+  __device__ __forceinline__ void restart(const float* offsets) {
+    all_offsets_ = offsets;
+    loaded_ = false;
+  }
+
   static __device__ __forceinline__ int code_lane() { return int(threadIdx.x) % CODE_LANES; }
   // The thread's row r, and its code c, counted from those of the tile.
   static __device__ __forceinline__ int row(int r) { return int(threadIdx.x) / CODE_LANES * THREAD_ROWS + r; }
@@ -112,6 +130,9 @@ class ScoreTile {
   }
 
  private:
+  template <typename, typename, int, bool>
+  friend class ScoreTile;
+
   __device__ __forceinline__ void multiply(float (&sum)[THREAD_ROWS][THREAD_CODES], int depth) const {
 #pragma unroll 4
     for (int d = 0; d < depth; ++d) {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arimg.nn.vector_quantize import VectorQuantize, refuse
+from arimg.ops.quantize_search import residual_codes
 
 # Arguments of the package that are taken with their default alone.
 _DEFAULTS: dict[str, Any] = dict(
@@ -127,6 +128,9 @@ class ResidualVQ(nn.Module):
             raise ValueError("ResidualVQ does not offer a cross entropy with given indices")
         given = x
         residual = self.project_in(x)
+        if mask is None and not return_all_codes and self._searches_at_once(residual):
+            codes, index = self._at_once(residual)
+            return self.project_out(codes), index, torch.stack([layer.zero for layer in self._quantizers()])
         total = torch.zeros_like(residual)
         kept = self._quantizers_kept(rand_quantize_dropout_fixed_seed, x.device)
         all_indices: list[Tensor] = []
@@ -153,6 +157,31 @@ class ResidualVQ(nn.Module):
         index = torch.stack(all_indices, -1)
         result = (out, index, torch.stack(losses))
         return (*result, self.get_codes_from_indices(index)) if return_all_codes else result
+
+    def _searches_at_once(self, x: Tensor) -> bool:
+        """Whether `arimg.ops.residual_nearest_code` gives what the quantizers would one by one."""
+        first = self._quantizers()[0]
+        codebooks = [layer._codebook for layer in self._quantizers()]
+        return (
+            not self.training
+            and len(set(self.codebook_sizes)) == 1
+            and x.dtype == torch.float32  # others are rounded between the quantizers
+            and x.dim() == (4 if self.accept_image_fmap else 3)
+            and x.shape[1 if self.accept_image_fmap else -1] == self.codebook_dim
+            and first.channel_first == self.accept_image_fmap
+            and all(book._ready and not book.cosine for book in codebooks)
+            and not (torch.is_grad_enabled() and any(book.embed.requires_grad for book in codebooks))
+        )
+
+    def _at_once(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the codes, in the layout of x, and the indices of all quantizers."""
+        tokens = x.detach().movedim(1, -1) if self.accept_image_fmap else x.detach()
+        books = [layer.codebook for layer in self._quantizers()]
+        indices, codes = residual_codes(tokens.reshape(-1, self.codebook_dim), books)
+        codes = codes.view(tokens.shape)
+        if self.accept_image_fmap:
+            codes = codes.movedim(-1, 1)
+        return codes, indices.view(*tokens.shape[:-1], self.num_quantizers)
 
     def _quantizers_kept(self, seed: int | None, device: torch.device) -> int:
         if not (self.training and self.quantize_dropout):

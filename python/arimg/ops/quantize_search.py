@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from arimg import reference
@@ -23,6 +22,7 @@ from arimg.ops.quantize import (
 __all__ = ["MAX_NEAREST", "nearest_code_dual", "nearest_codes", "residual_nearest_code"]
 
 MAX_NEAREST = 128  # as in csrc/quantize/topk.h
+MAX_DEPTHS = 64  # as in csrc/quantize/residual.h; more go through the reference
 
 
 def nearest_codes(x: Tensor, codebook: Tensor, k: int, metric: str = "l2") -> tuple[Tensor, Tensor]:
@@ -97,21 +97,26 @@ def residual_nearest_code(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]
         raise TypeError(f"expected codebooks of float32, bfloat16 or float16, got {codebooks.dtype}")
     if codebooks.dim() != 3 or codebooks.numel() == 0:
         raise ValueError(f"expected codebooks [Q, K, D] with Q, K, D > 0, got {list(codebooks.shape)}")
-    codebooks = codebooks.detach()
-    residual = x.detach().float()
-    indices: list[Tensor] = []
-    total: Tensor | None = None
-    for codebook in codebooks:
-        index = nearest_code(residual, codebook)
-        chosen = F.embedding(index, codebook).float()
-        residual = residual - chosen
-        total = chosen if total is None else total + chosen
-        indices.append(index)
-    assert total is not None
-    quantized = total.to(x.dtype)
+    expect_rows_and_codebook(x, codebooks[0], codebook_name="codebooks")
+    return residual_codes(x, list(codebooks.unbind()))
+
+
+def residual_codes(x: Tensor, codebooks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`residual_nearest_code` of codebooks [K, D] that need not lie in one tensor; unchecked."""
+    given, books = x.detach(), [book.detach().contiguous() for book in codebooks]
+    ops = kernels(given)
+    if ops is None or len(books) > MAX_DEPTHS:
+        indices, quantized = reference.residual_nearest_code(given, torch.stack(books))
+    else:
+        indices, quantized = ops.residual_codes(given.contiguous(), books)
     if torch.is_grad_enabled() and x.requires_grad:
         quantized = StraightThrough.apply(x, quantized)
-    return torch.stack(indices, dim=-1), quantized
+    return indices, quantized
+
+
+@fake("residual_codes")
+def _residual_codes_fake(x: Tensor, codebooks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], len(codebooks), dtype=torch.int64), torch.empty_like(x)
 
 
 @fake("nearest_codes")
