@@ -1,5 +1,6 @@
 // See fsq.h. W rows of d dimensions are d whole vectors, so a table of d vectors per constant holds for every
-// W rows; the digits of a row are then added up in the cache.
+// W rows. Between rows and indices, up to W dimensions are turned in registers: rows are read or written as
+// whole vectors, of which the first d lanes count.
 #include "quantize/fsq.h"
 
 #include "core/simd.h"
@@ -17,8 +18,53 @@ static ARIMG_INLINE F32 with_sign_of(F32 x, F32 sign) {
 
 static constexpr int CONSTANTS = 6;  // the most that a kernel reads per dimension
 
+// Groups of W rows whose digits are all written before the first is read again, as reads that straddle two
+// fresh writes would wait for both.
+static constexpr int GROUPS = 8;
+
 int64_t fsq_scratch(int dims) {
-  return int64_t(dims) * W * (CONSTANTS + 1);
+  return int64_t(dims) * W * (CONSTANTS + GROUPS) + W;
+}
+
+template <int... Lane>
+static ARIMG_INLINE void split_words(I32 a, I32 b, I32& low, I32& high) {
+  low = __builtin_shufflevector(a.v, b.v, (2 * Lane)...);
+  high = __builtin_shufflevector(a.v, b.v, (2 * Lane + 1)...);
+}
+template <int... Lane>
+static ARIMG_INLINE void join_words(I32 low, I32 high, I32& a, I32& b) {
+  a = __builtin_shufflevector(low.v, high.v, (Lane / 2 + Lane % 2 * W)...);
+  b = __builtin_shufflevector(low.v, high.v, (Lane / 2 + W / 2 + Lane % 2 * W)...);
+}
+template <typename F>
+static ARIMG_INLINE void with_lanes(F&& f) {
+  if constexpr (W == 16)
+    f.template operator()<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>();
+  else if constexpr (W == 8)
+    f.template operator()<0, 1, 2, 3, 4, 5, 6, 7>();
+  else
+    f.template operator()<0, 1, 2, 3>();
+}
+
+// W indices, wrapped into [0, count), count <= 2^24.
+static ARIMG_INLINE F32 load_indices(const int64_t* index, int64_t count) {
+  I32 low, high;
+  const I32 a = I32::load((const int32_t*)index), b = I32::load((const int32_t*)index + W);
+  with_lanes([&]<int... Lane>() { split_words<Lane...>(a, b, low, high); });
+  const I32 last(int32_t(count - 1));
+  if (any((high != I32(0)) | (low < I32(0)) | (low > last))) {
+    int32_t wrapped[W];
+    for (int r = 0; r < W; ++r) wrapped[r] = int32_t(wrapped_index(index[r], count));
+    low = I32::load(wrapped);
+  }
+  return to_float(low);
+}
+
+static ARIMG_INLINE void store_indices(F32 index, int64_t* to) {
+  I32 a, b;
+  with_lanes([&]<int... Lane>() { join_words<Lane...>(round_to_int(index), I32(0), a, b); });
+  a.store((int32_t*)to);
+  b.store((int32_t*)to + W);
 }
 
 // table[j][constant][lane]: the constant of the dimension that lane `lane` of vector j holds.
@@ -30,10 +76,19 @@ static void fill_table(float* table, int dims, const float* const (&constants)[N
         table[(j * CONSTANTS + i) * W + lane] = constants[i][(j * W + lane) % dims];
 }
 
-// Digits that are already multiplied by their place (`weighted`), or not because that would not be exact.
+// The indices of W rows from their digits, which are already multiplied by their place (`weighted`), or not
+// because that would not be exact. W floats may be read beyond the digits.
 template <bool weighted>
 static ARIMG_INLINE void add_digits(const Fsq& p, const float* digits, int64_t row) {
   const int d = p.levels.dims;
+  if (weighted && d <= W) {
+    F32 block[W];
+    for (int r = 0; r < W; ++r) block[r] = F32::load(digits + r * d);
+    transpose(block);
+    F32 sum = block[0];
+    for (int c = 1; c < d; ++c) sum = sum + block[c];
+    return store_indices(sum, p.index + row);
+  }
   for (int r = 0; r < W; ++r, digits += d) {
     if constexpr (weighted) {
       float sum = 0.f;
@@ -70,17 +125,22 @@ static void fsq_rows(const Fsq& p, float* scratch, int64_t begin, int64_t end) {
   fill_table(scratch, d, {l.shift, l.half, l.lower, l.width, l.inverse, places});
   float* digits = scratch + d * W * CONSTANTS;
   int64_t row = begin;
-  for (; row + W <= end; row += W) {
-    const T* z = (const T*)p.z + row * d;
-    T* codes = (T*)p.codes + row * d;
-    const float* table = scratch;
-    for (int j = 0; j < d; ++j, table += CONSTANTS * W) {
-      auto q = fsq_quantize(F32::load(z + j * W), F32::load(table), F32::load(table + W),
-                            F32::load(table + 2 * W), F32::load(table + 3 * W), F32::load(table + 4 * W));
-      q.code.store(codes + j * W);
-      (weighted ? q.digit * F32::load(table + 5 * W) : q.digit).store(digits + j * W);
+  while (row + W <= end) {
+    const int64_t first = row;
+    float* to = digits;
+    for (; row + W <= end && row < first + GROUPS * W; row += W, to += d * W) {
+      const T* z = (const T*)p.z + row * d;
+      T* codes = (T*)p.codes + row * d;
+      const float* table = scratch;
+      for (int j = 0; j < d; ++j, table += CONSTANTS * W) {
+        auto q = fsq_quantize(F32::load(z + j * W), F32::load(table), F32::load(table + W),
+                              F32::load(table + 2 * W), F32::load(table + 3 * W), F32::load(table + 4 * W));
+        q.code.store(codes + j * W);
+        (weighted ? q.digit * F32::load(table + 5 * W) : q.digit).store(to + j * W);
+      }
     }
-    add_digits<weighted>(p, digits, row);
+    for (int64_t group = 0; first + group * W < row; ++group)
+      add_digits<weighted>(p, digits + group * d * W, first + group * W);
   }
   for (; row < end; ++row) fsq_row<T>(p, row);
 }
@@ -130,37 +190,53 @@ static void codes_of_row(const FsqCodes& p, int64_t row) {
 }
 
 // As take_digit, for W numbers below 2^24: the estimated quotient is off by one at most, the rest is exact.
-static ARIMG_INLINE F32 take_digits(F32& rest, F32 level) {
-  F32 quotient = to_float(round_to_int(rest * (F32(1.f) / level) - F32(0.5f)));
+static ARIMG_INLINE F32 take_digits(F32& rest, F32 level, F32 reciprocal) {
+  F32 quotient = to_float(round_to_int(rest * reciprocal - F32(0.5f)));
   F32 digit = fma(F32(0.f) - quotient, level, rest);
   F32 step = select(digit < F32(0.f), F32(-1.f), select(digit >= level, F32(1.f), F32(0.f)));
   rest = quotient + step;
   return digit - step * level;
 }
 
+// W rows; up to W - 1 elements behind them may be overwritten.
 template <typename T>
-static void codes_of_rows(const FsqCodes& p, int64_t row) {  // W rows
+static void codes_of_rows(const FsqCodes& p, const float* reciprocal, int64_t row) {
   const FsqLevels& l = p.levels;
   const int d = l.dims;
-  float values[W], codes[fsq_max_dims][W];
-  for (int r = 0; r < W; ++r) values[r] = float(wrapped_index(p.index[row + r], l.count));
-  F32 rest = F32::load(values);
-  for (int c = 0; c < d; ++c) {
-    F32 width(l.width[c]);
-    F32 k = take_digits(rest, F32(float(l.level[c]))) - width;
-    level_value(k, width, F32(l.inverse[c])).store(codes[c]);
+  F32 rest = load_indices(p.index + row, l.count);
+  for (int first = 0; first < d; first += W) {
+    F32 block[W];
+    for (int i = 0; i < W; ++i) {
+      const int c = first + i;
+      if (c >= d) {
+        block[i] = F32(0.f);
+        continue;
+      }
+      const F32 width(l.width[c]);
+      // What is left for the last dimension is its digit.
+      const F32 digit = c + 1 < d ? take_digits(rest, F32(float(l.level[c])), F32(reciprocal[c])) : rest;
+      block[i] = level_value(digit - width, width, F32(l.inverse[c]));
+    }
+    transpose(block);
+    T* out = (T*)p.codes + row * d + first;
+    for (int r = 0; r < W; ++r)  // what reaches beyond a row is overwritten by the next one
+      if (d <= W)
+        block[r].store(out + r * d);
+      else
+        block[r].store_partial(out + r * d, d - first < W ? d - first : W);
   }
-  T* out = (T*)p.codes + row * d;
-  for (int c = 0; c < d; ++c)
-    for (int r = 0; r < W; ++r) out[r * d + c] = from_float<T>(codes[c][r]);
 }
 
 void fsq_codes(const FsqCodes& p, int64_t begin, int64_t end) {
+  const int d = p.levels.dims;
+  float reciprocal[fsq_max_dims];
+  for (int c = 0; c < d; ++c) reciprocal[c] = 1.f / float(p.levels.level[c]);
+  const int64_t behind = d < W ? W - d : 0;
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     int64_t row = begin;
     if (p.levels.count <= (1 << 24))
-      for (; row + W <= end; row += W) codes_of_rows<T>(p, row);
+      for (; (row + W) * d + behind <= end * d; row += W) codes_of_rows<T>(p, reciprocal, row);
     for (; row < end; ++row) codes_of_row<T>(p, row);
   });
 }

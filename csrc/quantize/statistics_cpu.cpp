@@ -28,13 +28,20 @@ static ARIMG_INLINE F32 load_row(const CodeStatistics& p, int64_t row, int64_t d
   return left >= W ? F32::load(from) : F32::load_partial(from, int(left));
 }
 
+// Rows of one code are anywhere in memory, but those of the next codes are known: while a code's n rows are
+// added up, as many of the next ones, none from `end` on, are fetched.
 template <typename T, int VECTORS>
-static ARIMG_INLINE void sum_columns(const CodeStatistics& p, const int64_t* rows, int64_t n, int64_t d,
-                                     float* out) {
+static ARIMG_INLINE void sum_columns(const CodeStatistics& p, const int64_t* rows, int64_t n,
+                                     const int64_t* end, int64_t d, float* out) {
   F32 sum[VECTORS];
   for (int v = 0; v < VECTORS; ++v) sum[v] = F32(0.f);
-  for (int64_t i = 0; i < n; ++i)
-    for (int v = 0; v < VECTORS; ++v) sum[v] = sum[v] + load_row<T>(p, rows[i], d + v * W);
+  for (int64_t i = 0; i < n; ++i) {
+    const T* next = (const T*)p.x + (rows + n + i < end ? rows[n + i] : rows[i]) * p.dim + d;
+    for (int v = 0; v < VECTORS; ++v) {
+      __builtin_prefetch(next + v * W);
+      sum[v] = sum[v] + load_row<T>(p, rows[i], d + v * W);
+    }
+  }
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t left = p.dim - (d + v * W);
     if (left >= W)
@@ -47,6 +54,7 @@ static ARIMG_INLINE void sum_columns(const CodeStatistics& p, const int64_t* row
 template <typename T>
 static void sum_codes(const CodeStatistics& p, const int64_t* starts, const int64_t* order, int64_t begin,
                       int64_t end) {
+  const int64_t* last = order + starts[p.count];
   for (int64_t k = begin; k < end; ++k) {
     const int64_t* rows = order + starts[k];
     const int64_t n = p.counts[k] = starts[k + 1] - starts[k];
@@ -56,8 +64,8 @@ static void sum_codes(const CodeStatistics& p, const int64_t* starts, const int6
       continue;
     }
     int64_t d = 0;
-    for (; d + 4 * W <= p.dim; d += 4 * W) sum_columns<T, 4>(p, rows, n, d, out);
-    for (; d < p.dim; d += W) sum_columns<T, 1>(p, rows, n, d, out);
+    for (; d + 4 * W <= p.dim; d += 4 * W) sum_columns<T, 4>(p, rows, n, last, d, out);
+    for (; d < p.dim; d += W) sum_columns<T, 1>(p, rows, n, last, d, out);
   }
 }
 
