@@ -189,13 +189,23 @@ static void codes_of_row(const FsqCodes& p, int64_t row) {
   }
 }
 
-// As take_digit, for W numbers below 2^24: the estimated quotient is off by one at most, the rest is exact.
-static ARIMG_INLINE F32 take_digits(F32& rest, F32 level, F32 reciprocal) {
-  F32 quotient = to_float(round_to_int(rest * reciprocal - F32(0.5f)));
-  F32 digit = fma(F32(0.f) - quotient, level, rest);
-  F32 step = select(digit < F32(0.f), F32(-1.f), select(digit >= level, F32(1.f), F32(0.f)));
-  rest = quotient + step;
-  return digit - step * level;
+// floor(index / basis) of W numbers below 2^24: the estimate is off by one at most, the rest is exact.
+static ARIMG_INLINE F32 quotient_of(F32 index, F32 basis, F32 reciprocal) {
+  F32 quotient = to_float(round_to_int(fma(index, reciprocal, F32(-0.5f))));
+  F32 rest = fma(F32(0.f) - quotient, basis, index);
+  return quotient + select(rest < F32(0.f), F32(-1.f), select(rest >= basis, F32(1.f), F32(0.f)));
+}
+
+// Of n <= W lanes; for float and few, half a vector crosses fewer cache lines.
+template <typename T>
+static ARIMG_INLINE void store_row(F32 row, T* to, int) {
+  row.store(to);
+}
+static ARIMG_INLINE void store_row(F32 row, float* to, int n) {
+  if (n <= W / 2)
+    __builtin_memcpy(to, &row.v, sizeof(row.v) / 2);
+  else
+    row.store(to);
 }
 
 // W rows; up to W - 1 elements behind them may be overwritten.
@@ -203,34 +213,35 @@ template <typename T>
 static void codes_of_rows(const FsqCodes& p, const float* reciprocal, int64_t row) {
   const FsqLevels& l = p.levels;
   const int d = l.dims;
-  F32 rest = load_indices(p.index + row, l.count);
+  const F32 index = load_indices(p.index + row, l.count);
+  F32 rest = index;  // in units of the place at hand; the quotients do not wait for each other
   for (int first = 0; first < d; first += W) {
     F32 block[W];
-    for (int i = 0; i < W; ++i) {
+    const int n = d - first < W ? d - first : W;
+    for (int i = n; i < W; ++i) block[i] = F32(0.f);
+    for (int i = 0; i < n; ++i) {
       const int c = first + i;
-      if (c >= d) {
-        block[i] = F32(0.f);
-        continue;
-      }
+      F32 next(0.f);
+      if (c + 1 < d) next = quotient_of(index, F32(float(l.basis[c + 1])), F32(reciprocal[c + 1]));
       const F32 width(l.width[c]);
-      // What is left for the last dimension is its digit.
-      const F32 digit = c + 1 < d ? take_digits(rest, F32(float(l.level[c])), F32(reciprocal[c])) : rest;
-      block[i] = level_value(digit - width, width, F32(l.inverse[c]));
+      block[i] =
+          level_value(fma(F32(0.f) - next, F32(float(l.level[c])), rest) - width, width, F32(l.inverse[c]));
+      rest = next;
     }
     transpose(block);
     T* out = (T*)p.codes + row * d + first;
     for (int r = 0; r < W; ++r)  // what reaches beyond a row is overwritten by the next one
       if (d <= W)
-        block[r].store(out + r * d);
+        store_row(block[r], out + r * d, d);
       else
-        block[r].store_partial(out + r * d, d - first < W ? d - first : W);
+        block[r].store_partial(out + r * d, n);
   }
 }
 
 void fsq_codes(const FsqCodes& p, int64_t begin, int64_t end) {
   const int d = p.levels.dims;
   float reciprocal[fsq_max_dims];
-  for (int c = 0; c < d; ++c) reciprocal[c] = 1.f / float(p.levels.level[c]);
+  for (int c = 0; c < d; ++c) reciprocal[c] = 1.f / float(p.levels.basis[c]);
   const int64_t behind = d < W ? W - d : 0;
   with_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);

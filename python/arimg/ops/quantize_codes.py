@@ -58,6 +58,8 @@ def fsq_codes(indices: Tensor, levels: Sequence[int], *, dtype: torch.dtype = to
     ops = kernels(indices)
     if ops is None:
         return reference.fsq_codes(indices, levels, dtype=dtype)
+    if indices.dim() == 1:  # two views less, which show in a call of microseconds
+        return ops.fsq_codes(indices.contiguous(), levels, dtype)
     return ops.fsq_codes(indices.reshape(-1).contiguous(), levels, dtype).view(*indices.shape, len(levels))
 
 
