@@ -29,6 +29,7 @@
 #include "core/simd_level.h"
 #include "core/status.h"
 #include "sampling/contract.h"
+#include "sampling/stream.h"
 
 namespace arimg {
 
@@ -43,7 +44,7 @@ Status token_law_cuda(const TokenLaw& p, void* stream);
 
 enum class Tail : int64_t { none, redraw, couple };
 
-struct Accept {
+struct Accept : Stream {
   const int32_t* p;        // [rows, drafts + 1, vocabulary]
   const int64_t* p_total;  // [rows, drafts + 1]
   const int32_t* q;        // [rows, q_laws, vocabulary], or nullptr
@@ -54,11 +55,6 @@ struct Accept {
   const int64_t* p_mass;   // [rows, drafts], or nullptr: what the test compares instead of the draft's own
   const int64_t* q_mass;   // masses (grouped acceptance), in units of 2^-62
   int64_t rows, drafts, vocabulary;
-  const int64_t* seeds;  // [rows], or nullptr: first_seed + row
-  uint64_t first_seed;
-  const int64_t* positions;  // [rows] or, with one_position, [1], added to position; or nullptr
-  bool one_position;
-  uint64_t position;
   const int64_t* steps;  // [1], added to step; or nullptr
   uint64_t step;
   Tail tail;
@@ -109,8 +105,8 @@ static ARIMG_HD Spot spot_of(const Accept& a, int64_t r, int64_t j) {
   const int64_t law = r * (a.drafts + 1) + j;
   s.p = a.p + law * a.vocabulary;
   s.p_total = a.p_total[law];
-  s.seed = a.seeds ? uint64_t(a.seeds[r]) : a.first_seed + uint64_t(r);
-  s.position = a.position + uint64_t(j) + (a.positions ? uint64_t(a.positions[a.one_position ? 0 : r]) : 0);
+  s.seed = seed_of(a, r);
+  s.position = position_of(a, r, j);
   s.draft = j < a.drafts ? a.draft[r * a.drafts + j] : -1;
   if (s.draft < 0 || s.draft >= a.vocabulary) s.draft = -1;
   const int64_t from = (a.q_start ? a.q_start[r] : 0) + j;

@@ -2,9 +2,8 @@
 #include <optional>
 #include <tuple>
 
-#include "core/ops.h"
 #include "sampling/accept_contract.h"
-#include "sampling/contract.h"
+#include "sampling/rows.h"
 
 namespace arimg {
 namespace {
@@ -12,17 +11,6 @@ namespace {
 template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// nullptr where absent.
-template <typename T = int64_t>
-const T* values(const std::optional<Tensor>& t, const Tensor& like, int64_t count, const char* message,
-                ScalarType dtype = ScalarType::Long) {
-  if (!t.has_value()) return nullptr;
-  require(
-      t->scalar_type() == dtype && t->is_contiguous() && t->numel() == count && t->device() == like.device(),
-      message);
-  return static_cast<const T*>(t->const_data_ptr());
 }
 
 // logits [rows (doubled by guidance), V], contiguous. Gives weights [rows, V] and totals [rows].
@@ -38,8 +26,8 @@ std::tuple<Tensor, Tensor> token_law_op(const Tensor& logits, double temperature
   p.row_stride = p.vocabulary = logits.size(1);
   p.rows = logits.size(0) / (p.guided ? 2 : 1);
   p.tokens = 1;
-  p.guidances = values<float>(guidances, logits, p.rows, "arimg: expected float32 guidance, one per row",
-                              ScalarType::Float);
+  p.guidances = values<float>(guidances, logits, ScalarType::Float, p.rows,
+                              "arimg: expected float32 guidance, one per row");
   p.guidance = float(guidance.value_or(1.0));
   p.temperature = float(temperature);
   p.top_k = top_k;
@@ -96,17 +84,15 @@ std::tuple<Tensor, Tensor> speculative_accept_op(
     a.q_total = static_cast<const int64_t*>(q_total->const_data_ptr());
     a.q_laws = q->size(1);
   }
-  a.q_start = values(q_start, p, a.rows, "arimg: expected q_start int64 [R]");
-  a.p_mass = values(p_mass, p, a.rows * a.drafts, "arimg: expected masses int64 [R, n]");
-  a.q_mass = values(q_mass, p, a.rows * a.drafts, "arimg: expected masses int64 [R, n]");
+  a.q_start = values<int64_t>(q_start, p, ScalarType::Long, a.rows, "arimg: expected q_start int64 [R]");
+  a.p_mass =
+      values<int64_t>(p_mass, p, ScalarType::Long, a.rows * a.drafts, "arimg: expected masses int64 [R, n]");
+  a.q_mass =
+      values<int64_t>(q_mass, p, ScalarType::Long, a.rows * a.drafts, "arimg: expected masses int64 [R, n]");
   require((a.p_mass == nullptr) == (a.q_mass == nullptr),
           "arimg: expected masses of both p and q, or of none");
-  a.seeds = values(seeds, p, a.rows, "arimg: expected seeds int64 [R]");
-  a.first_seed = uint64_t(first_seed);
-  a.one_position = positions.has_value() && positions->numel() == 1;
-  a.positions = values(positions, p, a.one_position ? 1 : a.rows, "arimg: expected positions int64 [R]");
-  a.position = uint64_t(position);
-  a.steps = values(steps, p, 1, "arimg: expected a step int64 [1]");
+  static_cast<Stream&>(a) = stream_of(p, a.rows, seeds, first_seed, positions, position);
+  a.steps = values<int64_t>(steps, p, ScalarType::Long, 1, "arimg: expected a step int64 [1]");
   a.step = uint64_t(step);
   a.tail = Tail(tail);
   Tensor tokens = empty(p, std::initializer_list<int64_t>{a.rows, a.drafts + 1}, ScalarType::Long);

@@ -1,10 +1,11 @@
-// Tensors -> Rows and Draws (contract.h), for the family's ops files.
+// Tensors -> Rows and Draws (contract.h) and Stream (stream.h), for the family's ops files.
 #pragma once
 
 #include <optional>
 
 #include "core/ops.h"
 #include "sampling/contract.h"
+#include "sampling/stream.h"
 
 namespace arimg {
 
@@ -88,6 +89,16 @@ inline Draws draws_of(const Tensor& like, int64_t entries, const std::optional<T
           uint64_t(first_seed),
           values<int64_t>(offset, like, ScalarType::Long, 1, "arimg: expected an int64 position [1]"),
           uint64_t(position)};
+}
+
+inline Stream stream_of(const Tensor& like, int64_t rows, const std::optional<Tensor>& seeds,
+                        int64_t first_seed, const std::optional<Tensor>& positions, int64_t position) {
+  const bool one = positions.has_value() && positions->numel() == 1;
+  return {values<int64_t>(seeds, like, ScalarType::Long, rows, "arimg: expected seeds int64 [R]"),
+          uint64_t(first_seed),
+          values<int64_t>(positions, like, ScalarType::Long, one ? 1 : rows,
+                          "arimg: expected positions int64 [R] or [1]"),
+          one, uint64_t(position)};
 }
 
 }  // namespace arimg

@@ -1,7 +1,4 @@
-"""Speculative acceptance of continuous tokens: Gaussian last steps, all in log space.
-
-A composition of plain torch operations that never waits for the host; it also serves `arimg.ops`.
-"""
+"""Speculative acceptance of continuous tokens: Gaussian last steps, all in log space and float64."""
 
 from __future__ import annotations
 
@@ -63,14 +60,16 @@ def gaussian_accept(
         zero = torch.zeros(rows, dtype=torch.int64, device=x.device)
         return AcceptedValues(x.clone(), zero, zero.clone())
     pm, ps, qm, qs = (t.double().expand(rows, n, d) for t in (p_mean, p_std, q_mean, q_std))
+    usable = ((ps > 0) & (ps < 2.0**128) & (qs > 0) & (qs < 2.0**128)).all(-1)
     sigma = torch.as_tensor(log_sigma, dtype=torch.float64, device=x.device).expand(rows, n)
-    constant = sigma + (qs.log() - ps.log()).sum(-1)
+    constant = torch.where(usable, sigma + (qs.log() - ps.log()).sum(-1), math.nan)
 
     ratio = constant + 0.5 * (((x.double() - qm) / qs) ** 2 - ((x.double() - pm) / ps) ** 2).sum(-1)
     u = _uniform(words(seeds[:, None], positions, TEST)[0])
     accepted = (u.log() < ratio).long().cumprod(-1).sum(-1)
 
     # The first rejected token: draws x' from p, accepted with probability max(0, 1 - 1 / ratio(x')).
+    # As 1 - u > 1 / ratio, which needs no more than a logarithm.
     at = accepted.clamp(max=n - 1)[:, None]
     spread = at[..., None].expand(-1, -1, d)
     pm, ps, qm, qs = (t.gather(1, spread) for t in (pm, ps, qm, qs))
@@ -80,7 +79,7 @@ def gaussian_accept(
     ratio = constant.gather(1, at) + 0.5 * (((again - qm) / qs) ** 2 - z**2).sum(-1)
     draw = _RETRY + torch.arange(max_tries, device=x.device)
     u = _uniform(words(seeds[:, None], where[:, None], draw)[0])
-    good = u < -torch.expm1(-ratio)
+    good = (1 - u).log() > -ratio
     good[:, -1] = True  # the last try stands
     chosen = good.long().argmax(-1)
     new = again.gather(1, chosen[:, None, None].expand(-1, 1, d)).to(x.dtype)
