@@ -1,11 +1,11 @@
-"""Acceptance of a window of 16 drafts against plain torch: ratios, residual, cumulative sums and searches."""
+"""Acceptance of a window of drafts against plain torch: ratios, residual, cumulative sums and searches."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from arimg import ops
+from arimg import ops, reference
 from arimg.ops import Law
 
 DRAFTS = 16
@@ -93,3 +93,77 @@ def test_a_step_of_jacobi_decoding(rows, vocabulary, peer, measure):
 
     group = f"Jacobi step {rows} x 16, V = {vocabulary}, guidance + top-k 2000, tail redrawn"
     measure(group, peer, {"arimg": ours, "plain torch": torchs}[peer], bytes=pair.nbytes)
+
+
+SIZES = [(2, 16, 16384), (8, 32, 16384), (2, 16, 65536)]
+
+
+def laws_and_drafts(rows, n, vocabulary):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, n + 1, vocabulary, generator=g) * 2
+    drafted = logits[:, :n] + torch.randn(rows, n, vocabulary, generator=g) * 0.3
+    return ops.token_law(logits), ops.sample(drafted, seed=1), ops.token_law(drafted)
+
+
+@pytest.mark.parametrize("peer", ["arimg", "torch composition"])
+@pytest.mark.parametrize("rule", ["partition", "ranks"])
+@pytest.mark.parametrize(("rows", "n", "vocabulary"), SIZES)
+def test_grouped(rows, n, vocabulary, rule, peer, measure):
+    """The published rule with a redrawn tail; the peer makes the masses of groups by torch operations."""
+    p, draft, q = laws_and_drafts(rows, n, vocabulary)
+    generator = torch.Generator().manual_seed(2)
+    groups = torch.randperm(vocabulary, generator=generator) // 8 if rule == "partition" else None
+
+    def composed():
+        if groups is None:
+            masses = reference.rank_masses(p, draft, q)
+        else:
+            masses = reference.group_masses(p, draft, q, groups)
+        return ops.speculative_accept(p, draft, q, seed=5, tail="redraw", masses=masses)
+
+    def ours():
+        return ops.grouped_accept(p, draft, q, groups, published=True, seed=5, tail="redraw")
+
+    for a, b in zip(ours(), composed(), strict=True):
+        assert torch.equal(a, b)
+    group = f"grouped accept {rows} x {n}, V = {vocabulary}, {rule}, tail redrawn"
+    measure(group, peer, {"arimg": ours, "torch composition": composed}[peer])
+
+
+@pytest.mark.parametrize("peer", ["arimg", "torch composition"])
+@pytest.mark.parametrize(("rows", "n", "vocabulary"), SIZES)
+def test_shared_noise(rows, n, vocabulary, peer, measure):
+    """A "gumbel" tail; the peer makes exponential numbers with torch's generator."""
+    p, draft, q = laws_and_drafts(rows, n, vocabulary)
+
+    def ours():
+        return ops.speculative_accept(p, draft, q, seed=5, tail="gumbel")
+
+    def composed():
+        tokens, length = ops.speculative_accept(p, draft, q, seed=5)
+        noise = torch.empty(p.weights.shape).exponential_()
+        chosen = (noise / p.weights).argmin(-1)
+        return torch.where(torch.arange(n + 1) >= length[:, None], chosen, tokens), length
+
+    mine, other = ours(), composed()
+    want = reference.speculative_accept(p, draft, q, seed=5, tail="gumbel")
+    assert torch.equal(mine.tokens, want.tokens) and torch.equal(mine.length, other[1])
+    group = f"accept {rows} x {n}, V = {vocabulary}, tail by shared noise"
+    behind = (n + 1 - mine.length).sum().item()
+    measure(group, peer, {"arimg": ours, "torch composition": composed}[peer], bytes=behind * vocabulary * 4)
+
+
+@pytest.mark.parametrize("peer", ["arimg", "torch composition"])
+@pytest.mark.parametrize(("rows", "n"), [(1, 16), (8, 16), (64, 1), (256, 8)])
+def test_gaussian(rows, n, peer, measure):
+    """Continuous tokens of 16 components, as MAR has them; the peer draws all 64 tries at once."""
+    g = torch.Generator().manual_seed(0)
+    q_mean = torch.randn(rows, n, 16, generator=g)
+    p_mean = q_mean + 0.1 * torch.randn(rows, n, 16, generator=g)
+    std = torch.ones(1)
+    x = q_mean + torch.randn(rows, n, 16, generator=g)
+    arguments = (x, p_mean, std, q_mean, std)
+    got, want = (f(*arguments, seed=5) for f in (ops.gaussian_accept, reference.gaussian_accept))
+    assert torch.equal(got.length, want.length) and torch.equal(got.tries, want.tries)
+    function = {"arimg": ops.gaussian_accept, "torch composition": reference.gaussian_accept}[peer]
+    measure(f"gaussian accept {rows} x {n} x 16", peer, lambda: function(*arguments, seed=5))

@@ -81,6 +81,27 @@ def test_laws_equal_the_reference(backend, vocabulary, filters):
             assert torch.equal(law.weights.cpu(), want.weights) and torch.equal(law.total.cpu(), want.total)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=torch.tensor([0.5, 0.0, 2.0])),
+        dict(top_k=torch.tensor([3, 0, 1]), top_p=0.9),
+        dict(top_p=torch.tensor([0.5, 1.0, 0.9]), guidance=torch.tensor([1.0, 3.0, 0.5])),
+        dict(min_p=torch.tensor([0.0, 0.2, 0.01]), temperature=0.7),
+    ],
+    ids=lambda s: "+".join(s),
+)
+def test_settings_of_one_per_row(backend, settings):
+    """As `sample` takes them: the same law row by row, and drawn from it the same tokens."""
+    logits = make(6 if "guidance" in settings else 3, 2, 90)
+    keywords = {name: on(backend, x) for name, x in settings.items()}
+    law = ops.token_law(on(backend, logits), **keywords)
+    want = reference.token_law(logits, **settings)
+    assert torch.equal(law.weights.cpu(), want.weights) and torch.equal(law.total.cpu(), want.total)
+    tokens, _ = accept(backend, want, torch.full((3, 1), -1), seed=4, tail="gumbel")
+    assert torch.equal(tokens[:, 1], reference.sample(logits, seed=4, method="gumbel", **settings)[:, 1])
+
+
 def test_large_laws_equal_the_reference(backend):
     """Longer than what a CUDA block keeps in shared memory."""
     logits = make(1, 41000)
@@ -255,15 +276,18 @@ def test_shared_noise_keeps_the_token_of_laws_that_differ_a_little():
     assert same_token > (1 - tv) / (1 + tv) - 5 * math.sqrt(0.25 / n) > (a * b).sum().item() + 0.2
 
 
-def test_tail_none_is_minus_one_and_redraw_is_sample(backend):
+def test_tail_none_is_minus_one_and_the_others_are_sample(backend):
     logits = make(50, 5, 30)
     draft = torch.randint(0, 30, (50, 4), generator=torch.Generator().manual_seed(0))
     none, length = accept(backend, logits, draft, seed=7, position=3)
     redrawn, _ = accept(backend, logits, draft, seed=7, position=3, tail="redraw")
+    shared, _ = accept(backend, logits, draft, seed=7, position=3, tail="gumbel")
     behind = torch.arange(5) >= length[:, None]
     assert behind.any() and (none[behind] == -1).all()
     assert torch.equal(redrawn[behind], reference.sample(logits, seed=7, position=3)[behind])
-    assert torch.equal(redrawn[~behind], none[~behind])
+    assert torch.equal(redrawn[~behind], none[~behind]) and torch.equal(shared[~behind], none[~behind])
+    want = reference.sample(logits, seed=7, position=3, method="gumbel")
+    assert torch.equal(shared[behind], want[behind])
 
 
 # --- the operator in torch -------------------------------------------------------------------------
@@ -275,7 +299,12 @@ def test_opcheck(namespace):
         except OSError as error:
             pytest.skip(str(error))
     packet = getattr(torch.ops, namespace)
-    torch.library.opcheck(packet.token_law, (make(4, 30), 0.9, 5, 0.9, 0.01, None, torch.tensor([1.5, 2.0])))
+    torch.library.opcheck(
+        packet.token_law, (make(4, 3, 30), 0.9, 5, 0.9, 0.01, None, torch.tensor([1.5, 2.0]), *(None,) * 4)
+    )
+    two = torch.tensor([0.5, 0.9])
+    rows = (two + 1, torch.tensor([3, 0]), two, two / 9)
+    torch.library.opcheck(packet.token_law, (make(2, 3, 30), 1.0, 0, 1.0, 0.0, None, None, *rows))
     p, draft, q = window(2, 3, 30)
     numbers = torch.tensor([1, 2])
     torch.library.opcheck(
@@ -325,7 +354,7 @@ def test_compiles_without_graph_breaks_and_without_recompiling():
             "expected q of int32 weights and int64 totals, got torch.float32",
         ),
         (dict(q_start=torch.zeros(3, dtype=torch.int64)), ValueError, "expected q_start with 2 elements"),
-        (dict(position=torch.zeros(3, dtype=torch.int64)), ValueError, "expected position with 2 elements"),
+        (dict(position=torch.zeros(3, dtype=torch.int64)), ValueError, r"expected position \[2\], one"),
         (dict(seed=1.5), TypeError, "expected seed to be an int or an int64 tensor, got float"),
         (dict(step=torch.zeros(1)), TypeError, "expected step of torch.int64, got torch.float32"),
         (dict(tail="some"), ValueError, "expected tail to be one of none, redraw, couple, gumbel, got some"),

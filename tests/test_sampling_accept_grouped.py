@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from arimg import ops, reference
+from arimg import _library, ops, reference
 from arimg.ops import Law
+from arimg.ops.sampling_accept_grouped import _masses
 
 VOCABULARY = 256
 
@@ -93,6 +94,135 @@ def test_dynamic_groups_are_windows_of_ranks(ranks, delta):
                 assert sum(mass[r, j, c].item() for c in near) == sums[r, j].item()
 
 
+def drafts_and_laws(rows, n, vocabulary, *, seed=0, **filters):
+    logits = make(rows, n + 1, vocabulary, seed=seed, scale=2.0)
+    p, q = (
+        reference.token_law(x, **filters) for x in (logits, logits[:, :n] + make(rows, n, vocabulary, seed=8))
+    )
+    return p, torch.randint(vocabulary, (rows, n), generator=torch.Generator().manual_seed(9)), q
+
+
+def on(backend, x):
+    return (
+        Law(*(on(backend, y) for y in x))
+        if isinstance(x, Law)
+        else None
+        if x is None
+        else x.to(backend.device)
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 64, 1003])
+@pytest.mark.parametrize("filters", [dict(), dict(top_k=9)], ids=str)
+def test_masses_equal_the_reference(backend, vocabulary, filters):
+    """Partition and ranks; top-k leaves many tokens of weight 0, whose order is that of the index."""
+    p, draft, q = drafts_and_laws(2, 4, vocabulary, **filters)
+    starts = torch.tensor([1, -2])
+    groups = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(3)) // 5
+    vectors = make(vocabulary, 11, seed=5).half()
+
+    def get(q, start, groups, ranks, delta, embedding, most):
+        given = (on(backend, x) for x in (p, draft, q, groups, start))
+        got = _masses(*given, ranks, delta, on(backend, embedding), most)
+        return [x.cpu() for x in got]
+
+    for law, start in ((q, None), (q, starts), (None, None), (Law(q.weights[:, :2], q.total[:, :2]), None)):
+        want = reference.group_masses(p, draft, law, groups, q_start=start)
+        for a, b in zip(get(law, start, groups, 14, 0.1, None, 0.5), want, strict=True):
+            assert torch.equal(a, b)
+        windows = [(14, 0.15, None), (2, 1.0, 40.0), (6, 0.01, 80.0)]
+        if backend.name != "emulated":  # a block's rounds are slow there
+            windows.append((600, 1.0, None))
+        for ranks, delta, most in windows:
+            embedding = None if most is None else vectors
+            near = dict(embedding=embedding, max_distance=most or 0.5)
+            want = reference.rank_masses(p, draft, law, ranks=ranks, delta=delta, q_start=start, **near)
+            for a, b in zip(get(law, start, None, ranks, delta, embedding, most or 0.5), want, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_absent_drafts_and_a_row_alone(backend):
+    p, draft, q = drafts_and_laws(4, 3, 200)
+    draft[1, 0], draft[2, 1] = -1, 200
+    groups = torch.arange(200) // 4
+    for parts in (groups, None):
+        keywords = dict(published=True, tail="redraw", position=6)
+        whole = ops.grouped_accept(
+            on(backend, p), on(backend, draft), on(backend, q), on(backend, parts), seed=50, **keywords
+        )
+        assert whole.length[1] == 1 and whole.length[2] <= 2
+        for r in range(4):
+            one = slice(r, r + 1)
+            alone = ops.grouped_accept(
+                on(backend, Law(p.weights[one], p.total[one])),
+                on(backend, draft[one]),
+                on(backend, Law(q.weights[one], q.total[one])),
+                on(backend, parts),
+                seed=50 + r,
+                **keywords,
+            )
+            assert torch.equal(alone.tokens, whole.tokens[one]) and alone.length[0] == whole.length[r]
+
+
+def test_embedding_distance_narrows_the_window():
+    """None closer than 0: plain acceptance; all closer than infinity: ranks alone; between, in between."""
+    many, draft, q, _, _ = pair(3000, 2)
+    vectors = make(VOCABULARY, 8, seed=6)
+
+    def accepted(**keywords):
+        got = ops.grouped_accept(many, draft, q, published=True, seed=4, delta=1.0, **keywords)
+        return (got.length == 2).double().mean().item()
+
+    plain = (ops.speculative_accept(many, draft, q, seed=4).length == 2).double().mean().item()
+    alone, some, every = (accepted(embedding=vectors, max_distance=x) for x in (0.0, 14.0, math.inf))
+    assert alone == plain and every == accepted()
+    assert plain < some < every
+
+
+def test_codebook_groups_are_near_tokens():
+    vectors = make(300, 4, seed=2)
+    for size, most in ((1, math.inf), (8, math.inf), (8, 1.0), (300, math.inf)):
+        groups = ops.codebook_groups(vectors, size, max_distance=most)
+        counts = groups.bincount()
+        assert groups.shape == (300,) and groups.min() == 0 and counts.max() <= size
+        if most == math.inf:
+            assert (counts[:-1] == size).all()
+        spread = torch.stack([vectors[groups == g].var(0, unbiased=False).sum() for g in range(len(counts))])
+        if size == 8:
+            assert spread.mean() < 0.5 * vectors.var(0).sum()
+        for g in range(len(counts)):
+            members = (groups == g).nonzero()[:, 0]
+            assert ((vectors[members] - vectors[members[0]]) ** 2).sum(-1).max() <= most
+    equal = ops.codebook_groups(torch.zeros(7, 2), 3)
+    assert equal.tolist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_opcheck_and_compile():
+    p, draft, q = drafts_and_laws(2, 3, 30)
+    groups, vectors = (torch.arange(30) // 4).int(), make(30, 5)
+    spaces = [torch.ops.arimg]
+    try:
+        _library.load_emulated()
+        spaces.append(torch.ops.arimg_emulated)
+    except OSError:
+        pass
+    for space in spaces:
+        starts = torch.tensor([0, 1])
+        torch.library.opcheck(space.group_masses, (*p, draft, *q, starts, groups, 1, 0, None, 0.5))
+        torch.library.opcheck(space.group_masses, (*p, draft, None, None, None, None, 3, 2**60, vectors, 0.5))
+
+    def step(logits, draft, q):
+        law = ops.token_law(logits)
+        a = ops.grouped_accept(law, draft, Law(*q), groups.long(), published=True, seed=1)
+        b = ops.grouped_accept(law, draft, Law(*q), published=True, seed=1, embedding=vectors)
+        return *a, *b
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
+    logits = make(2, 4, 30)
+    for got, want in zip(compiled(logits, draft, tuple(q)), step(logits, draft, tuple(q)), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_bad_input_is_refused():
     p, draft, q = torch.zeros(2, 3, 5), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, 5)
     with pytest.raises(ValueError, match="a partition, for the exact rule, got None"):
@@ -101,3 +231,9 @@ def test_bad_input_is_refused():
         ops.grouped_accept(p, draft, q, draft.reshape(-1), published=True, seed=0)
     with pytest.raises(ValueError, match="expected an even number of ranks"):
         ops.grouped_accept(p, draft, q, published=True, seed=0, ranks=3)
+    with pytest.raises(ValueError, match=r"expected an embedding \[5, D\], got \[4, 2\]"):
+        ops.grouped_accept(p, draft, q, published=True, seed=0, embedding=torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="expected an embedding or groups, not both"):
+        ops.grouped_accept(p, draft, q, torch.arange(5), published=True, seed=0, embedding=torch.zeros(5, 2))
+    with pytest.raises(TypeError, match="expected embedding of float32, bfloat16 or float16"):
+        ops.codebook_groups(torch.zeros(4, 2, dtype=torch.int64), 2)

@@ -15,7 +15,9 @@
 //             the token is drawn from all of p
 //   tail      none: -1. redraw: from p[j], draw number 0, as `sample` draws it: the noise of a position stays
 //             the same from call to call. couple: the same test and residual with draw numbers 3 + 2 step and
-//             4 + 2 step, so that a tail draft stays as it was with probability 1 - TV(p, q).
+//             4 + 2 step, so that a tail draft stays as it was with probability 1 - TV(p, q). gumbel: the
+//             token with the smallest exponential(its number of draw 0) / weight, as `sample` chooses it:
+//             the noise belongs to the position and the token.
 //
 // mass scales weights to a sum of 2^62 (1 - 2^-31 at most below), so that p and q compare as integers: no
 // result depends on the order of a summation, and the output law is off by less than 2^-30 in total
@@ -42,9 +44,10 @@ struct TokenLaw : Rows {
 ARIMG_CPU_KERNEL(void, token_law, (const TokenLaw& p, int64_t begin, int64_t end, void* workspace))
 Status token_law_cuda(const TokenLaw& p, void* stream);
 
-enum class Tail : int64_t { none, redraw, couple };
+enum class Tail : int64_t { none, redraw, couple, gumbel };
 
-struct Accept : Stream {
+// Drafts with the laws that they are tested by.
+struct Window : Stream {
   const int32_t* p;        // [rows, drafts + 1, vocabulary]
   const int64_t* p_total;  // [rows, drafts + 1]
   const int32_t* q;        // [rows, q_laws, vocabulary], or nullptr
@@ -52,10 +55,13 @@ struct Accept : Stream {
   int64_t q_laws;
   const int64_t* q_start;  // [rows], or nullptr: 0
   const int64_t* draft;    // [rows, drafts]
-  const int64_t* p_mass;   // [rows, drafts], or nullptr: what the test compares instead of the draft's own
-  const int64_t* q_mass;   // masses (grouped acceptance), in units of 2^-62
   int64_t rows, drafts, vocabulary;
-  const int64_t* steps;  // [1], added to step; or nullptr
+};
+
+struct Accept : Window {
+  const int64_t* p_mass;  // [rows, drafts], or nullptr: what the test compares instead of the draft's own
+  const int64_t* q_mass;  // masses (grouped acceptance), in units of 2^-62
+  const int64_t* steps;   // [1], added to step; or nullptr
   uint64_t step;
   Tail tail;
   int64_t* tokens;  // [rows, drafts + 1]
@@ -100,7 +106,7 @@ struct Spot {
   uint64_t seed, position;
 };
 
-static ARIMG_HD Spot spot_of(const Accept& a, int64_t r, int64_t j) {
+static ARIMG_HD Spot spot_of(const Window& a, int64_t r, int64_t j) {
   Spot s{};
   const int64_t law = r * (a.drafts + 1) + j;
   s.p = a.p + law * a.vocabulary;

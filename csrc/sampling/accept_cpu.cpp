@@ -1,31 +1,12 @@
 // See accept_contract.h. The tests of a row are read once; then a token is a copy, or one pass over its law.
-#include "core/simd.h"
-#include "sampling/accept_contract.h"
+#include "core/math.h"
+#include "sampling/accept_masses_cpu.h"
+#include "sampling/numbers_cpu.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {
 
-typedef WideSum::LongVec LongVec;
-typedef int64_t SignedVec __attribute__((vector_size(W * 4)));
-
-// Products of the low halves of the lanes.
-static ARIMG_INLINE LongVec low_product(LongVec a, LongVec b) {
-#if defined(__AVX512F__)
-  return (LongVec)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif ARIMG_WIDTH == 8
-  return (LongVec)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
-// Of W weights: the masses of the even or of the odd ones (low or high halves of 64-bit lanes).
-static ARIMG_INLINE LongVec masses(LongVec weights, Scale s) {
-  return (low_product(weights, LongVec{} + s.factor) >> s.right) << s.left;
-}
-
-// --- what a token is drawn from: pair(i) is the mass of weights i .. i + W - 1 added in pairs
-// ---------------
+// --- what a token is drawn from: pairs(i) are the masses of weights i .. i + W - 1, added in pairs ---------
 
 struct Weights {
   const int32_t* p;
@@ -101,6 +82,35 @@ static int64_t draw_from_residual(const Spot& s, int64_t count, uint32_t number)
   return draw_from_p(s, count, s.q ? -1 : s.draft, number);
 }
 
+// The token with the smallest exponential(its number) / weight; of equals the first.
+static int64_t choose(const Spot& s, int64_t count) {
+  constexpr int run = 64;
+  const float infinity = __builtin_inff();
+  F32 best(infinity);
+  I32 where(0), token = lane_index();
+  for (int64_t i = 0; i < count; i += run) {
+    int32_t numbers[run], last[run] = {};
+    const int32_t* weights = s.p + i;
+    if (count - i < run) {
+      __builtin_memcpy(last, weights, size_t(count - i) * sizeof(int32_t));
+      weights = last;
+    }
+    philox_run(s.seed, s.position, 0, i, numbers);
+    for (int k = 0; k < run; k += W) {
+      const I32 weight = I32::load(weights + k);
+      const F32 time = exponential(I32::load(numbers + k)) / to_float(weight);
+      const Mask sooner = (weight > I32(0)) & (time < best);
+      best = select(sooner, time, best);
+      where = select(sooner, token, where);
+      token = token + I32(W);
+    }
+  }
+  int found = 0;
+  for (int lane = 1; lane < W; ++lane)
+    if (best[lane] < best[found] || (best[lane] == best[found] && where[lane] < where[found])) found = lane;
+  return where[found];
+}
+
 static int64_t tail(const Accept& a, const Spot& s) {
   switch (a.tail) {
     case Tail::redraw:
@@ -110,6 +120,8 @@ static int64_t tail(const Accept& a, const Spot& s) {
       const uint32_t number = coupled_draw(a);
       return accepts(s, number) ? s.draft : draw_from_residual(s, a.vocabulary, number + 1);
     }
+    case Tail::gumbel:
+      return choose(s, a.vocabulary);
     default:
       return -1;
   }

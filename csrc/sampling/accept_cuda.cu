@@ -2,6 +2,7 @@
 // numbers each, so that no block waits for another; then it copies its draft or draws in one pass over its
 // law.
 #include "core/cuda.h"
+#include "core/math.h"
 #include "sampling/accept_contract.h"
 
 namespace arimg {
@@ -132,6 +133,27 @@ __device__ int draw_from_residual(const Spot& s, int count, uint32_t number, con
   return draw_from_p<vectors>(s, count, s.q ? -1 : int(s.draft), number, scratch);
 }
 
+// The token with the smallest exponential(its number) / weight; of equals the first. A thread takes the four
+// tokens of a counter.
+__device__ int choose(const Spot& s, int count, Shared<Mass> scratch) {
+  Mass first = ~Mass(0);
+  for (int unit = threadIdx.x; unit / 16 * 64 + unit % 16 < count; unit += threads) {
+    const int at = unit / 16 * 64 + unit % 16;
+    const Philox4 x = philox(s.seed, s.position, 0, uint32_t(1 + unit));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int i = at + 16 * k;
+      const int32_t weight = i < count ? s.p[i] : 0;
+      if (weight == 0) continue;
+      const float time = divide(exponential(int32_t(x.word[k])), to_float(weight));
+      const Mass candidate = Mass(float_bits(time)) << 32 | uint32_t(i);
+      first = candidate < first ? candidate : first;
+    }
+  }
+  first = block_reduce_min(first, ~Mass(0), scratch);
+  return first == ~Mass(0) ? 0 : int(uint32_t(first));
+}
+
 template <bool vectors>
 __global__ void __launch_bounds__(threads) accept_kernel(Accept a) {
   SharedArena arena;
@@ -156,6 +178,8 @@ __global__ void __launch_bounds__(threads) accept_kernel(Accept a) {
   } else if (j > accepted && a.tail == Tail::couple && s.draft >= 0) {
     const uint32_t number = coupled_draw(a);
     token = accepts(s, number) ? int(s.draft) : draw_from_residual<vectors>(s, count, number + 1, scratch);
+  } else if (j > accepted && a.tail == Tail::gumbel) {
+    token = choose(s, count, scratch.sums);
   } else if (j == accepted || a.tail == Tail::redraw || a.tail == Tail::couple) {
     token = draw_from_p<vectors>(s, count, -1, 0, scratch);
   }

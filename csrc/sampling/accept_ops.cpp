@@ -2,8 +2,7 @@
 #include <optional>
 #include <tuple>
 
-#include "sampling/accept_contract.h"
-#include "sampling/rows.h"
+#include "sampling/accept_window.h"
 
 namespace arimg {
 namespace {
@@ -13,49 +12,34 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// logits [rows (doubled by guidance), V], contiguous. Gives weights [rows, V] and totals [rows].
+// logits [entries (doubled by guidance), tokens, V]. Gives weights [entries, tokens, V] and totals.
 std::tuple<Tensor, Tensor> token_law_op(const Tensor& logits, double temperature, int64_t top_k, double top_p,
                                         double min_p, std::optional<double> guidance,
-                                        const std::optional<Tensor>& guidances) {
+                                        const std::optional<Tensor>& guidances,
+                                        const std::optional<Tensor>& temperatures,
+                                        const std::optional<Tensor>& top_ks,
+                                        const std::optional<Tensor>& top_ps,
+                                        const std::optional<Tensor>& min_ps) {
   TokenLaw p{};
-  p.guided = guidance.has_value() || guidances.has_value();
-  require(logits.dim() == 2 && logits.is_contiguous() && logits.size(0) % (p.guided ? 2 : 1) == 0,
-          "arimg: expected contiguous logits [rows, V]");
-  p.dtype = dtype_of(logits);
-  p.logits = logits.const_data_ptr();
-  p.row_stride = p.vocabulary = logits.size(1);
-  p.rows = logits.size(0) / (p.guided ? 2 : 1);
-  p.tokens = 1;
-  p.guidances = values<float>(guidances, logits, ScalarType::Float, p.rows,
-                              "arimg: expected float32 guidance, one per row");
-  p.guidance = float(guidance.value_or(1.0));
-  p.temperature = float(temperature);
-  p.top_k = top_k;
-  p.dropped = top_p < 1.0 ? 1.0 - top_p : 0.0;
-  p.min_weight = int32_t(__builtin_ceil(min_p * double(1 << 30)));
-  Tensor weights = empty(logits, std::initializer_list<int64_t>{p.rows, p.vocabulary}, ScalarType::Int);
-  Tensor totals = empty(logits, std::initializer_list<int64_t>{p.rows}, ScalarType::Long);
+  static_cast<Rows&>(p) = rows_of(logits, temperature, top_k, top_p, min_p, guidance, guidances);
+  const int64_t entries = logits.size(0) / (p.guided ? 2 : 1);
+  set_each(p, logits, entries, temperatures, top_ks, top_ps, min_ps);
+  Tensor weights =
+      empty(logits, std::initializer_list<int64_t>{entries, p.tokens, p.vocabulary}, ScalarType::Int);
+  Tensor totals = empty(logits, std::initializer_list<int64_t>{entries, p.tokens}, ScalarType::Long);
   if (p.rows == 0) return {weights, totals};
-  require(p.vocabulary >= 1 && p.vocabulary <= max_vocabulary, "arimg: expected 1 to 2^24 logits per row");
   p.weights = data<int32_t>(weights);
   p.totals = data<int64_t>(totals);
   if (on_gpu(logits)) {
     GpuScope scope(logits);
     check(ARIMG_GPU(token_law_cuda(p, scope.stream())), "token_law");
   } else {
-    parallel_for(p.rows, 1 + 16384 / (p.vocabulary + 1), [&](int64_t begin, int64_t end) {
+    parallel_for(p.rows, row_grain(p.vocabulary), [&](int64_t begin, int64_t end) {
       std::unique_ptr<char[]> workspace(new char[size_t(row_workspace(p.vocabulary))]);
       ARIMG_CPU(token_law)(p, begin, end, workspace.get());
     });
   }
   return {weights, totals};
-}
-
-void require_law(const Tensor& weights, const Tensor& totals) {
-  require(weights.dim() == 3 && weights.scalar_type() == ScalarType::Int && weights.is_contiguous() &&
-              totals.dim() == 2 && totals.scalar_type() == ScalarType::Long && totals.is_contiguous() &&
-              totals.size(0) == weights.size(0) && totals.size(1) == weights.size(1),
-          "arimg: expected a law: int32 weights [R, N, V] and int64 totals [R, N], contiguous");
 }
 
 // p: laws [R, n + 1, V]; q: [R, m, V]; draft [R, n]. Gives tokens [R, n + 1] and lengths [R].
@@ -65,26 +49,8 @@ std::tuple<Tensor, Tensor> speculative_accept_op(
     const std::optional<Tensor>& p_mass, const std::optional<Tensor>& q_mass,
     const std::optional<Tensor>& seeds, int64_t first_seed, const std::optional<Tensor>& positions,
     int64_t position, const std::optional<Tensor>& steps, int64_t step, int64_t tail) {
-  require_law(p, p_total);
   Accept a{};
-  a.rows = p.size(0);
-  a.drafts = p.size(1) - 1;
-  a.vocabulary = p.size(2);
-  require(a.drafts >= 0 && draft.dim() == 2 && draft.size(0) == a.rows && draft.size(1) == a.drafts &&
-              draft.scalar_type() == ScalarType::Long && draft.is_contiguous(),
-          "arimg: expected draft int64 [R, n] for laws [R, n + 1, V]");
-  a.p = static_cast<const int32_t*>(p.const_data_ptr());
-  a.p_total = static_cast<const int64_t*>(p_total.const_data_ptr());
-  a.draft = static_cast<const int64_t*>(draft.const_data_ptr());
-  if (q.has_value()) {
-    require(q_total.has_value(), "arimg: expected the totals of q");
-    require_law(*q, *q_total);
-    require(q->size(0) == a.rows && q->size(2) == a.vocabulary, "arimg: expected q [R, m, V] like p");
-    a.q = static_cast<const int32_t*>(q->const_data_ptr());
-    a.q_total = static_cast<const int64_t*>(q_total->const_data_ptr());
-    a.q_laws = q->size(1);
-  }
-  a.q_start = values<int64_t>(q_start, p, ScalarType::Long, a.rows, "arimg: expected q_start int64 [R]");
+  static_cast<Window&>(a) = window_of(p, p_total, draft, q, q_total, q_start);
   a.p_mass =
       values<int64_t>(p_mass, p, ScalarType::Long, a.rows * a.drafts, "arimg: expected masses int64 [R, n]");
   a.q_mass =
@@ -116,7 +82,8 @@ std::tuple<Tensor, Tensor> speculative_accept_op(
 ARIMG_OPS_SCHEMAS(m) {
   m.def(
       "token_law(Tensor logits, float temperature, int top_k, float top_p, float min_p, float? guidance, "
-      "Tensor? guidances) -> (Tensor, Tensor)");
+      "Tensor? guidances, Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps) -> (Tensor, "
+      "Tensor)");
   m.def(
       "speculative_accept(Tensor p, Tensor p_total, Tensor draft, Tensor? q, Tensor? q_total, Tensor? "
       "q_start, Tensor? p_mass, Tensor? q_mass, Tensor? seeds, int first_seed, Tensor? positions, int "

@@ -30,7 +30,7 @@ from arimg.ops.quantize_statistics import code_statistics, code_usage, kmeans
 from arimg.ops.sampling import Drawn, philox_uniform, sample
 from arimg.ops.sampling_accept import Accepted, Law, speculative_accept, token_law
 from arimg.ops.sampling_accept_gaussian import AcceptedValues, gaussian_accept
-from arimg.ops.sampling_accept_grouped import grouped_accept
+from arimg.ops.sampling_accept_grouped import codebook_groups, grouped_accept
 from arimg.ops.sampling_bits import sample_bits
 from arimg.ops.sampling_confident import keep_most_confident
 from arimg.reference.sampling import frequency_factor
@@ -51,6 +51,7 @@ __all__ = [
     "code_statistics",
     "code_usage",
     "codebook_flow",
+    "codebook_groups",
     "codebook_score",
     "codebook_softmax_mean",
     "codebook_velocity",

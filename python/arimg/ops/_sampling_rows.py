@@ -22,7 +22,7 @@ def expect(condition: bool, wanted: str, got: object) -> None:
 def check_tensor(name: str, x: Tensor, dtype: torch.dtype, count: int, logits: Tensor) -> None:
     if x.dtype != dtype:
         raise TypeError(f"expected {name} of {dtype}, got {x.dtype}")
-    expect(x.device == logits.device, f"{name} on the logits' device {logits.device}", x.device)
+    expect(x.device == logits.device, f"{name} on {logits.device}", x.device)
     if x.numel() != count:  # text with a symbolic size is made only when needed: it would fix the size
         raise ValueError(f"expected {name} [{count}], one per row, got {list(x.shape)}")
 

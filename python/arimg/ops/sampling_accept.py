@@ -12,8 +12,14 @@ from torch import Tensor
 
 from arimg import reference
 from arimg.ops._common import expect_floating, fake, kernels
-from arimg.ops._sampling_rows import MAX_VOCABULARY
-from arimg.ops._sampling_rows import check_tensor as _check_tensor
+from arimg.ops._sampling_rows import (
+    MAX_VOCABULARY,
+    check_filters,
+    check_guidance,
+    check_integers,
+    number,
+    tensor,
+)
 from arimg.ops._sampling_rows import expect as _expect
 from arimg.reference.sampling import wrap_int64
 from arimg.reference.sampling_accept import TAILS, Accepted, Law
@@ -24,46 +30,44 @@ __all__ = ["Accepted", "Law", "speculative_accept", "token_law"]
 def token_law(
     logits: Tensor,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     guidance: float | Tensor | None = None,
 ) -> Law:
     """The law that `sample` draws from with these arguments, as integer weights and their sum.
 
     logits [R, ..., V] -> weights int32 [R, ..., V], total int64 [R, ...]; with guidance 2R leading rows, the
     conditional ones first. The largest weight is 2^30, a dropped token has 0. Arguments and limits are those
-    of `sample`.
+    of `sample`, tensors [R] of one setting per row included.
     """
     expect_floating("logits", logits)
     _expect(logits.dim() >= 1 and logits.shape[-1] >= 1, "logits [..., V] with V >= 1", list(logits.shape))
     _expect(logits.shape[-1] <= MAX_VOCABULARY, f"at most {MAX_VOCABULARY} logits per row", logits.shape[-1])
-    _check_filters(temperature, top_k, top_p, min_p)
     shape = logits.shape[:-1]
     if guidance is not None:
         fits = logits.dim() >= 2 and logits.shape[0] % 2 == 0
         _expect(fits, "logits [2R, ..., V] with guidance", list(logits.shape))
         shape = torch.Size((shape[0] // 2, *shape[1:]))
-    if isinstance(guidance, Tensor):
-        _check_tensor("guidance", guidance, torch.float32, shape[0], logits)
-        guidance = guidance.reshape(-1)
-    elif guidance is not None:
-        _expect(math.isfinite(guidance), "a finite guidance", guidance)
+    rows = shape[0] if shape else 1
+    check_guidance(guidance, logits, rows)
+    check_filters(temperature, top_k, top_p, min_p, rows, logits)
     logits = logits.detach()  # a draw has no gradient
     ops = kernels(logits)
     if ops is None:
         return reference.token_law(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance
         )
+    leading = rows * (1 if guidance is None else 2)
     weights, total = ops.token_law(
-        logits.reshape(-1, logits.shape[-1]).contiguous(),
-        temperature,
-        top_k,
-        top_p,
-        min_p,
+        logits.reshape(leading, math.prod(shape[1:]), logits.shape[-1]).contiguous(),
+        number(temperature, 1.0),
+        0 if isinstance(top_k, Tensor) else top_k,
+        number(top_p, 1.0),
+        number(min_p, 0.0),
         guidance if isinstance(guidance, (int, float)) else None,
-        guidance.repeat_interleave(math.prod(shape[1:])) if isinstance(guidance, Tensor) else None,
+        *(tensor(x) for x in (guidance, temperature, top_k, top_p, min_p)),
     )
     return Law(weights.reshape(*shape, logits.shape[-1]), total.reshape(shape))
 
@@ -94,8 +98,8 @@ def speculative_accept(
     origin at the end of the window.
     tail: the tokens behind `length`. "none": -1. "redraw": drawn from p_j as `sample` does. "couple": drawn
     from p_j so that a draft stays the same as often as possible; `step` must differ from call to call.
-    "gumbel": drawn from p_j by noise that belongs to the position and the token, the same in every call
-    (composed of torch operations: a random number for each token of the vocabulary).
+    "gumbel": drawn from p_j by noise that belongs to the position and the token, the same in every call: the
+    token that `sample` draws there with method="gumbel".
     masses: (p, q) int64 [R, n] in units of 2^-62, which the tests compare instead of the drafts' own
     (grouped acceptance; not exact).
     seed: int (row r uses seed + r) or int64 [R]; position: int, or int64 [1] or [R]; step: int or int64 [1].
@@ -113,9 +117,8 @@ def speculative_accept(
     if masses is not None:
         for mass in masses:
             _check_rows("masses", mass, rows * n, p)
-    _check_numbers("seed", seed, (rows,), p)
-    _check_numbers("position", position, (rows, 1), p)
-    _check_numbers("step", step, (1,), p)
+    _check_numbers(seed, position, p)
+    check_integers("step", step, 1, p.weights)
     _expect(tail in TAILS, f"tail to be one of {', '.join(TAILS)}", tail)
     ops = kernels(p.weights)
     if ops is None:
@@ -145,21 +148,9 @@ def speculative_accept(
         0 if isinstance(position, Tensor) else wrap_int64(position),
         step.contiguous() if isinstance(step, Tensor) else None,
         0 if isinstance(step, Tensor) else step,
-        0 if tail == "gumbel" else TAILS.index(tail),
+        TAILS.index(tail),
     )
-    if tail == "gumbel":
-        shared = reference.shared_noise_draw(p, seed=seed, position=position)
-        behind = torch.arange(n + 1, device=length.device) >= length[:, None]
-        tokens = torch.where(behind, shared, tokens)
     return Accepted(tokens, length)
-
-
-def _check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    normal = 2.0**-126 <= temperature <= 3.4028234663852886e38
-    _expect(normal, "temperature > 0 (a normal float32 number)", temperature)
-    _expect(top_k >= 0, "top_k >= 0", top_k)
-    _expect(0.0 < top_p <= 1.0, "top_p in (0, 1]", top_p)
-    _expect(0.0 <= min_p <= 1.0, "min_p in [0, 1]", min_p)
 
 
 # --- checks --------------------------------------------------------------------------------------------
@@ -214,14 +205,11 @@ def _check_rows(name: str, x: Tensor, count: int, p: Law) -> None:
         raise ValueError(f"expected {name} with {count} elements, got {list(x.shape)}")
 
 
-def _check_numbers(name: str, x: int | Tensor, counts: tuple[int, ...], p: Law) -> None:
-    if isinstance(x, int):
-        return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(x).__name__}")
-    if x.numel() == 1 and 1 in counts:
-        counts = (1,)
-    _check_rows(name, x, counts[0], p)
+def _check_numbers(seed: int | Tensor, position: int | Tensor, p: Law) -> None:
+    rows = p.weights.shape[0]
+    check_integers("seed", seed, rows, p.weights)
+    one = isinstance(position, Tensor) and position.numel() == 1
+    check_integers("position", position, 1 if one else rows, p.weights)
 
 
 # --- shapes --------------------------------------------------------------------------------------------
@@ -234,11 +222,12 @@ def _token_law_fake(
     min_p: float,
     guidance: float | None,
     guidances: Tensor | None,
+    *per_row: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     guided = guidance is not None or guidances is not None
-    rows = logits.shape[0] // 2 if guided else logits.shape[0]
-    weights = logits.new_empty((rows, logits.shape[1]), dtype=torch.int32)
-    return weights, logits.new_empty((rows,), dtype=torch.int64)
+    shape = (logits.shape[0] // 2 if guided else logits.shape[0], logits.shape[1])
+    weights = logits.new_empty((*shape, logits.shape[2]), dtype=torch.int32)
+    return weights, logits.new_empty(shape, dtype=torch.int64)
 
 
 @fake("speculative_accept")

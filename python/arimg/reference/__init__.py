@@ -30,7 +30,7 @@ from arimg.reference.quantize_statistics import code_statistics, code_usage, kme
 from arimg.reference.sampling import frequency_factor, philox_uniform, sample
 from arimg.reference.sampling_accept import Accepted, Law, shared_noise_draw, speculative_accept, token_law
 from arimg.reference.sampling_accept_gaussian import AcceptedValues, gaussian_accept
-from arimg.reference.sampling_accept_grouped import group_masses, grouped_accept, rank_masses
+from arimg.reference.sampling_accept_grouped import codebook_groups, group_masses, grouped_accept, rank_masses
 from arimg.reference.sampling_bits import sample_bits
 from arimg.reference.sampling_confident import keep_most_confident
 
@@ -48,6 +48,7 @@ __all__ = [
     "cached_attention",
     "code_statistics",
     "code_usage",
+    "codebook_groups",
     "codebook_softmax_mean",
     "conv3x3",
     "encode",

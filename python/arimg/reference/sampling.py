@@ -160,7 +160,7 @@ def row_seeds(seed: int | Tensor, rows: int, device: torch.device | str) -> Tens
 
 def _counters(seeds: Tensor, position: int | Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Positions and seeds [R, n]."""
-    first = position.reshape(1) if isinstance(position, Tensor) else wrap_int64(position)
+    first = position.reshape(-1, 1) if isinstance(position, Tensor) else wrap_int64(position)
     at = torch.arange(n, dtype=torch.int64, device=seeds.device) + first
     return torch.broadcast_tensors(at, seeds[:, None])
 

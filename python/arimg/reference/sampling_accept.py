@@ -6,15 +6,23 @@ compare as integers; every draw is an integer comparison (docs/ops/sampling_acce
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from arimg.reference.sampling import _MASK, _philox, row_seeds, token_weights, wrap_int64
+from arimg.reference.sampling import (
+    _MASK,
+    _philox,
+    exponential,
+    numbers,
+    row_seeds,
+    token_weights,
+    wrap_int64,
+)
 
 # Numbers of the Philox draws at a position. 0 is the token itself (`sample`, redrawn tails, the last token).
-TEST, RESIDUAL, COUPLED, SHARED = 1, 2, 3, 3 * 2**30
+TEST, RESIDUAL, COUPLED = 1, 2, 3
 TAILS = ("none", "redraw", "couple", "gumbel")
 
 
@@ -35,25 +43,29 @@ class Accepted(NamedTuple):
 def token_law(
     logits: Tensor,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     guidance: float | Tensor | None = None,
 ) -> Law:
     """The law that `sample` draws from with these arguments: logits [R, ..., V] -> weights [R, ..., V]."""
     shape = logits.shape[:-1]
     if guidance is not None:
         shape = torch.Size((shape[0] // 2, *shape[1:]))
-    if isinstance(guidance, Tensor):
-        guidance = guidance.reshape(-1).repeat_interleave(shape[1:].numel())
+    tokens = shape[1:].numel()
+
+    def repeated(setting: Any) -> Any:
+        """A setting per row as one per token."""
+        return setting.reshape(-1).repeat_interleave(tokens) if isinstance(setting, Tensor) else setting
+
     weights = token_weights(
         logits.reshape(-1, logits.shape[-1]),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        guidance=guidance,
+        temperature=repeated(temperature),
+        top_k=repeated(top_k),
+        top_p=repeated(top_p),
+        min_p=repeated(min_p),
+        guidance=repeated(guidance),
     )
     return Law(weights.int().reshape(*shape, logits.shape[-1]), weights.sum(-1).reshape(shape))
 
@@ -100,17 +112,13 @@ def draw_from(masses: Tensor, seeds: Tensor, positions: Tensor, draw: int | Tens
 def shared_noise_draw(law: Law, *, seed: int | Tensor, position: int | Tensor = 0) -> Tensor:
     """Draws [R, N] from laws [R, N, V] by noise that belongs to (seed, position + j, token).
 
-    The index of the smallest E_i / w_i with exponential numbers E_i (the Gumbel trick): laws that differ a
-    little mostly give the same token.
+    The index of the smallest E_i / w_i with exponential numbers E_i (the Gumbel trick), as `sample` with
+    method="gumbel" takes it: laws that differ a little mostly give the same token.
     """
     rows, n, vocabulary = law.weights.shape
-    seeds = row_seeds(seed, rows, law.weights.device)[:, None, None]
-    first = position.reshape(-1, 1) if isinstance(position, Tensor) else wrap_int64(position)
-    positions = (torch.arange(n, device=law.weights.device) + first).expand(rows, n)[..., None]
-    blocks = torch.arange(-(-vocabulary // 4), device=law.weights.device)  # four tokens each
-    word = torch.stack(words(seeds, positions, SHARED + blocks), -1).flatten(2)[..., :vocabulary]
-    exponential = -((word.double() + 0.5) * 2.0**-32).log()
-    return (exponential / law.weights).argmin(-1)
+    seeds = row_seeds(seed, rows, law.weights.device)
+    noise = exponential(numbers(seeds, position, n, 0, vocabulary))
+    return torch.where(law.weights > 0, noise / law.weights.float(), torch.inf).argmin(-1)
 
 
 # --- acceptance ----------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Grouped acceptance: a draft is tested by the mass of a group of tokens around it.
 
-Compositions of plain torch operations that never wait for the host; they also serve `arimg.ops`.
+Compositions of plain torch operations that never wait for the host (but `codebook_groups`, made once).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -43,6 +45,27 @@ def group_masses(
     return torch.where(same, p_mass, 0).sum(-1), torch.where(same, q_mass, 0).sum(-1)
 
 
+def codebook_groups(embedding: Tensor, size: int, *, max_distance: float = math.inf) -> Tensor:
+    """Numbers of groups of tokens near to each other, int64 [V]: a partition for `grouped_accept`.
+
+    Again and again the lowest token without a group takes the size - 1 nearest others without one (by squared
+    distance, of equals the lowest), as far as they are within max_distance. Once per codebook.
+    """
+    codes = embedding.detach().double()
+    groups = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+    left, number = torch.arange(len(codes), device=codes.device), 0
+    while len(left) > 0:
+        squared = ((codes - codes[0]) ** 2).sum(-1)
+        squared[0] = -1  # the leader comes first, whatever equals it
+        values, order = squared.sort(stable=True)
+        members = order[:size][values[:size] <= max_distance]
+        groups[left[members]] = number
+        stays = torch.ones_like(left, dtype=torch.bool)
+        stays[members] = False
+        left, codes, number = left[stays], codes[stays], number + 1
+    return groups
+
+
 def rank_masses(
     p: Law,
     draft: Tensor,
@@ -51,10 +74,13 @@ def rank_masses(
     ranks: int = 14,
     delta: float = 0.15,
     q_start: Tensor | None = None,
+    embedding: Tensor | None = None,
+    max_distance: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """Masses of the `ranks` neighbours of each draft in the order of p, itself among them.
 
-    Ranks [r - ranks / 2, r + ranks / 2) of the ascending order, without tokens whose p is further than delta.
+    Ranks [r - ranks / 2, r + ranks / 2) of the ascending order, without tokens whose p is further than delta
+    and, with an embedding [V, D], without those whose squared distance is above max_distance.
     """
     p_mass, q_mass = _masses(p, draft, q, q_start)
     n, vocabulary = draft.shape[1], p.weights.shape[-1]
@@ -71,6 +97,10 @@ def rank_masses(
     p_near, q_near = p_mass.gather(2, token), q_mass.gather(2, token)
     at = p_mass.gather(2, draft.clamp(min=0)[..., None])
     valid &= (p_near - at).abs() <= int(delta * 2**62)
+    if embedding is not None:
+        own_vector = embedding[draft.clamp(min=0)][:, :, None].double()
+        squared = ((own_vector - embedding[token].double()) ** 2).sum(-1)
+        valid &= (squared <= max_distance) | (token == draft[..., None])
     return torch.where(valid, p_near, 0).sum(-1), torch.where(valid, q_near, 0).sum(-1)
 
 
