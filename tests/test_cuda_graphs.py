@@ -238,6 +238,20 @@ CASES: dict[
             law(i["p"]), i["draft"], law(i["q"]), i["groups"], published=True, seed=i["s"], position=i["at"]
         ),
     ),
+    "gaussian_accept": (
+        lambda d: dict(
+            x=d.normal(2, 4, 3), p=d.normal(2, 4, 3), q=d.normal(2, 4, 3), s=d.seeds(2), at=d.at()
+        ),
+        lambda i: ops.gaussian_accept(
+            i["x"],
+            i["p"],
+            i["p"].abs() + 0.5,
+            i["q"],
+            i["q"].abs() + 0.5,
+            seed=i["s"],
+            position=i["at"],
+        ),
+    ),
     # what a step of a masked model makes of them
     "a step of Meissonic": (
         lambda d: dict(x=d.normal(2, 30, 20), final=d.normal(2, 30) > 0.5, s=d.seeds(2), at=d.at()),
@@ -252,7 +266,7 @@ CASES: dict[
 
 NOT_IN_A_GRAPH = {
     "band_masks": "no tensor goes in",
-    "gaussian_accept": "composed in torch; copies Python's numbers to the device",
+    "codebook_groups": "once per codebook: a loop that ends when every token has its group",
     "kmeans": "a loop of training that ends when nothing moves: it reads that on the host",
 }
 
