@@ -318,7 +318,10 @@ class _CachedDecoder:
             self.q_scales = [block.attn.q_scale() for block in model._blocks]
         p = model.pos_1LC
         shape = (len(rows), model.heads, model.layout.length, model.width // model.heads)
-        self.caches = [KVCache(*shape, dtype=p.dtype, device=p.device) for _ in self.blocks]
+        dtype, kind = p.dtype, p.device.type  # under autocast keys and values come in its type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        self.caches = [KVCache(*shape, dtype=dtype, device=p.device) for _ in self.blocks]
 
     def step(self, k: int, f_hat: Tensor) -> Tensor:
         """Logits of scale k, [B or 2B, h * w, V], given f_hat [B, C, H, W] of the scales before."""

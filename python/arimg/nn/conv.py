@@ -19,31 +19,43 @@ class Conv3x3(nn.Conv2d):
         self.fast = fast
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv3x3(x, self.weight, self.bias) if self._suits(x) else super().forward(x)
-
-    def _suits(self, x: Tensor) -> bool:
-        return (
-            self.fast
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype
-            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and _library.simd_level() in ("avx2", "avx512")  # without, torch's own convolution is faster
-            and not torch.is_autocast_enabled("cpu")
-            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
-        )
+        return ops.conv3x3(_stored(x), self.weight, self.bias) if suits(self, x) else super().forward(x)
 
 
-def norm_silu_conv(norm: nn.GroupNorm, conv: Conv3x3, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def suits(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `ops.conv3x3` takes x and this 3x3 convolution (stride 1, padding 1), and is the faster way.
+
+    A `Conv3x3` that is not `fast` is left to torch.
+    """
+    return (
+        getattr(conv, "fast", True)
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled("cpu"))
+        and _library.simd_level() in ("avx2", "avx512")  # without, torch's own convolution is faster
+        and not (torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad))
+    )
+
+
+def _stored(x: Tensor) -> Tensor:
+    """x in the type of a convolution's result: under autocast the 16-bit one."""
+    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """conv(silu(norm(x))) + residual, x and the result [B, C, H, W]."""
-    if conv._suits(x):
+    if suits(conv, x):
+        x = _stored(x)
         scale, shift = ops.group_norm_affine(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps)
+        residual = None if residual is None else residual.to(x.dtype)
         return ops.conv3x3(x, conv.weight, conv.bias, scale=scale, shift=shift, residual=residual)
     out = conv(F.silu(norm(x), inplace=True))
     return out if residual is None else out + residual
 
 
-def upsample_conv(conv: Conv3x3, x: Tensor) -> Tensor:
+def upsample_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x at twice the size by nearest neighbour): [B, C, H, W] -> [B, N, 2H, 2W]."""
-    if conv._suits(x):  # no tensor of the larger size is written but the result
-        return ops.conv3x3(x, conv.weight, conv.bias, up=2)
+    if suits(conv, x):  # no tensor of the larger size is written but the result
+        return ops.conv3x3(_stored(x), conv.weight, conv.bias, up=2)
     return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,57 @@
+"""The entry: walks a model, asks every recogniser, keeps the book."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from arimg.accelerate import swap
+from arimg.accelerate.autoencoder import recognise_autoencoder
+from arimg.accelerate.report import Entry, Report
+from arimg.accelerate.var import recognise_var, recognise_var_quantizer
+
+# Each takes (report, path, module) and returns True where it knows the module, replaced or not.
+RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = (
+    ("VAR's generator (blocks with AdaLN, pos_1LC, lvl_embed, vae_proxy)", recognise_var),
+    ("VAR's multi-scale quantizer (embedding, quant_resi, v_patch_nums)", recognise_var_quantizer),
+    ("a VQGAN's residual blocks and upsampling (norm1, conv1, norm2, conv2)", recognise_autoencoder),
+)
+
+
+def accelerate(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report:
+    """Replaces the known parts of a model, in place, by faster ones with the same results.
+
+    Parts are recognised by their structure and names; the package they come from is neither imported nor
+    needed. Nothing is stored in the model: its state dict, parameters and hooks stay as they are. A part
+    whose input does not suit the fast path (gradients wanted, autocast, another dtype or device) runs its
+    original code.
+
+    dtype: torch.bfloat16 or torch.float16 runs a generator's transformer in this type, on a copy of its
+    weights (half the original's memory on top), made anew when they change.
+
+    Returns the report of what was replaced, what was not and why. Raises TypeError for
+    something that is no module or no such dtype, and ValueError for a model that is accelerated already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch module, got {type(model).__name__}")
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(f"expected dtype None, torch.bfloat16 or torch.float16, got {dtype}")
+    parts = list(_parts(model))
+    if any(swap.is_swapped(module) for _, module in parts):
+        raise ValueError("expected a model that is not accelerated yet; call restore() of its report first")
+    report = Report(type(model).__name__, dtype=dtype)
+    for path, module in parts:
+        any(recognise(report, path, module) for _, recognise in RECOGNISERS)
+    if not report.replaced and not report.kept:
+        looked = "; ".join(what for what, _ in RECOGNISERS)
+        report.kept.append(Entry("", type(model).__name__, f"no known part found; looked for {looked}"))
+    return report
+
+
+def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules, with those that a model holds in a tuple to keep them out of its state dict."""
+    for path, module in model.named_modules(prefix=prefix):
+        yield path, module
+        for name, value in vars(module).items():
+            if name == "vae_proxy" and isinstance(value, tuple) and isinstance(value[0], nn.Module):
+                yield from _parts(value[0], f"{path}.{name}[0]".lstrip("."))

@@ -1,0 +1,76 @@
+"""What an acceleration did, and its way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from arimg.accelerate import swap
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One part: where it is, what it is, and what takes its place or why nothing does."""
+
+    path: str
+    part: str
+    note: str
+
+
+@dataclass
+class Report:
+    """What was replaced, what was not and why. `restore()` undoes it; so does the end of a `with` block."""
+
+    model: str
+    replaced: list[Entry] = field(default_factory=list)
+    kept: list[Entry] = field(default_factory=list)
+    dtype: torch.dtype | None = None  # of the weights of large matrix products; None: their own
+    memory: int = 0  # bytes beyond the original's
+    _modules: list[nn.Module] = field(default_factory=list, repr=False)
+
+    def swap(self, module: nn.Module, mixin: type[swap.Mixin], path: str, note: str, **options: Any) -> None:
+        """Replaces one module's methods and writes it down."""
+        self.replaced.append(Entry(path, type(module).__name__, note))
+        swap.swap(module, mixin, **options)
+        self._modules.append(module)
+
+    def keep(self, module: nn.Module, path: str, reason: str) -> None:
+        """Writes down why a known part is left as it is."""
+        self.kept.append(Entry(path, type(module).__name__, reason))
+
+    def restore(self) -> None:
+        """The model as it was. A second call does nothing."""
+        for module in self._modules:
+            swap.restore(module)
+        self._modules.clear()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def __str__(self) -> str:
+        lines = [f"arimg.accelerate: {self.model}"]
+        for title, entries in (("replaced", self.replaced), ("kept", self.kept)):
+            lines += [f"  {title}:" if entries else f"  {title}: nothing"]
+            lines += [f"    {path}: {part}: {note}" for path, part, note in _grouped(entries)]
+        extra = f"{self.memory / 2**20:.0f} MiB" if self.memory else "nothing"
+        return "\n".join([*lines, f"  memory beyond the original's: {extra}"])
+
+
+def _grouped(entries: list[Entry]) -> list[tuple[str, str, str]]:
+    """One line for equal entries: the first and last path, and how many."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for e in entries:
+        groups.setdefault((e.part, e.note), []).append(e.path or "(the model)")
+    return [
+        (paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]} ({len(paths)})", part, note)
+        for (part, note), paths in groups.items()
+    ]
