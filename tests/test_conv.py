@@ -254,11 +254,14 @@ def test_modules_take_the_fast_form_where_it_fits(monkeypatch: pytest.MonkeyPatc
         conv.bias.data.mul_(2)
         assert torch.allclose(conv(x), 2 * before, rtol=1e-4, atol=1e-3)
         assert len(calls) == 5
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert conv(x).dtype == torch.bfloat16
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # x and the result are rounded, the weights are not
+            half = norm_silu_conv(norm, conv, x, residual)
+            assert half.dtype == torch.bfloat16 and len(calls) == 6
+        exact = norm_silu_conv(norm, conv, x.bfloat16().float(), residual.bfloat16().float())
+        assert ((half - exact).abs() <= 2.0**-8 * exact.abs() + 1e-3).all()
         conv.double()(x.double())
         Conv3x3(32, 32)(x)
-        assert len(calls) == 5
+        assert len(calls) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
