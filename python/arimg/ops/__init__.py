@@ -3,7 +3,7 @@
 from arimg.ops.attention import cached_attention, row_interval_attention
 from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.ops.block_conv import conv3x3, group_norm_affine
-from arimg.ops.kv_cache import append_qk_norm_
+from arimg.ops.kv_cache import Rope, append_, append_qk_norm_, read_cache
 from arimg.ops.pyramid import accumulate_, encode, encode_bands, encode_parts, features
 from arimg.ops.pyramid_bands import band_masks, frequency_bands
 from arimg.ops.pyramid_resize import area_down, bicubic_up, bilinear_up, pool_tokens, resize
@@ -40,7 +40,9 @@ __all__ = [
     "AcceptedValues",
     "Drawn",
     "Law",
+    "Rope",
     "accumulate_",
+    "append_",
     "append_qk_norm_",
     "area_down",
     "band_masks",
@@ -82,6 +84,7 @@ __all__ = [
     "philox_uniform",
     "pool_tokens",
     "quantize",
+    "read_cache",
     "residual_nearest_code",
     "resize",
     "row_interval_attention",

@@ -3,7 +3,15 @@
 from arimg.reference.attention import cached_attention, row_interval_attention
 from arimg.reference.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.reference.block_conv import conv3x3, group_norm_affine
-from arimg.reference.kv_cache import append_qk_norm_
+from arimg.reference.kv_cache import (
+    Rope,
+    append_,
+    append_qk_norm_,
+    decode_vectors,
+    encode_vectors,
+    read_cache,
+    rotate,
+)
 from arimg.reference.pyramid import accumulate_, encode, features
 from arimg.reference.pyramid_bands import band_masks, frequency_bands
 from arimg.reference.pyramid_resize import area_down, bicubic_up, bilinear_up, pool_tokens, resize
@@ -38,7 +46,9 @@ __all__ = [
     "Accepted",
     "AcceptedValues",
     "Law",
+    "Rope",
     "accumulate_",
+    "append_",
     "append_qk_norm_",
     "area_down",
     "band_masks",
@@ -51,7 +61,9 @@ __all__ = [
     "codebook_groups",
     "codebook_softmax_mean",
     "conv3x3",
+    "decode_vectors",
     "encode",
+    "encode_vectors",
     "features",
     "frequency_bands",
     "frequency_factor",
@@ -77,8 +89,10 @@ __all__ = [
     "pool_tokens",
     "quantize",
     "rank_masses",
+    "read_cache",
     "residual_nearest_code",
     "resize",
+    "rotate",
     "row_interval_attention",
     "sample",
     "sample_bits",
