@@ -99,6 +99,11 @@ class Caches(RuleBasedStateMachine):
         if not peek:
             pair.rows = [row + more for row, more in zip(pair.rows, new)]
 
+    @rule(pair=caches, n=st.integers(1, 3), heads=st.sampled_from([2, 3]))
+    def append_what_does_not_fit(self, pair: Pair, n: int, heads: int) -> None:
+        """The mistake shows only when pages have been taken; they must be given back."""
+        self.attempt(pair, False, lambda: pair.cache.append(torch.zeros(B, n, 3, heads, D)))
+
     @rule(pair=caches, counts=st.none() | per_row)
     def commit(self, pair: Pair, counts: list[int] | None) -> None:
         kept = [len(p) for p in pair.peeked] if counts is None else counts
