@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -114,40 +115,47 @@ def test_append_one_byte(storage: torch.dtype, peer: str, measure: Callable[...,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("peer", [OURS, "paged, 16 tokens each", "paged, index_select", "contiguous, clone"])
+def in_pages(cache: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The tokens of cache [B, H, L, ...] in pages that lie in random order, and the page table."""
+    B, H, L = cache.shape[:3]
+    number = -(-L // size)
+    order = torch.randperm(B * number, generator=torch.Generator().manual_seed(1))
+    whole = torch.zeros(B, H, number * size, *cache.shape[3:], dtype=cache.dtype)
+    whole[:, :, :L] = cache
+    pages = whole.unflatten(2, (number, size)).transpose(1, 2).flatten(0, 1)
+    spread = torch.empty_like(pages, memory_format=torch.contiguous_format)
+    for there, page in zip(order.tolist(), pages):
+        spread[there] = page
+    return spread, order.view(B, number).int()
+
+
+@pytest.mark.parametrize("peer", [OURS, "pages of 16", "pages of 64", "pages of 16, torch index", "clone"])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 def test_read(storage: str, peer: str, measure: Callable[..., float]) -> None:
     """The arimg row reads a contiguous cache."""
     kind, B, L = getattr(torch, storage), 2, 680
     one_byte = kind.itemsize == 1
-    if one_byte and "," in peer and "16" not in peer:
+    if one_byte and peer in ("clone", "pages of 16, torch index"):
         pytest.skip("torch has no one-byte read")
     cache = make(L, torch.float32, HEADS).transpose(1, 2).contiguous()
     scale = None
     if one_byte:
         cache, scale = reference.encode_vectors(cache, kind)
     cache = cache.to(kind)
-    pages = 43
-    order = torch.randperm(B * pages, generator=torch.Generator().manual_seed(1))
-    table = order.view(B, pages).int()
-    padded = F.pad(cache.view(torch.int8) if one_byte else cache, (0, 0, 0, pages * 16 - L))
-    paged = torch.empty_like(padded.view(B * pages, HEADS, 16, DIM))
-    paged[order] = padded.unflatten(2, (pages, 16)).transpose(1, 2).flatten(0, 1)
-    paged = paged.view(kind)
-    paged_scale = None
-    if scale is not None:
-        spread = F.pad(scale, (0, pages * 16 - L)).unflatten(2, (pages, 16)).transpose(1, 2).flatten(0, 1)
-        paged_scale = torch.empty_like(spread)
-        paged_scale[order] = spread
-        paged_scale = paged_scale.contiguous()
-    functions = {
+    functions: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: ops.read_cache(cache, 0, L, scale=scale),
-        "paged, 16 tokens each": lambda: ops.read_cache(paged, 0, L, page_table=table, scale=paged_scale),
-        "paged, index_select": lambda: (
-            paged[table.long()].transpose(1, 2).reshape(B, HEADS, pages * 16, DIM)[:, :, :L]
-        ),
-        "contiguous, clone": lambda: cache.clone(),
+        "clone": cache.clone,
     }
+    for size in (16, 64):
+        pages, table = in_pages(cache, size)
+        factors = None if scale is None else in_pages(scale, size)[0]
+        functions[f"pages of {size}"] = partial(ops.read_cache, pages, 0, L, page_table=table, scale=factors)
+        if size == 16:
+            number = table.long()
+            functions["pages of 16, torch index"] = lambda pages=pages, number=number: (
+                pages[number].transpose(1, 2).reshape(B, HEADS, -1, DIM)[:, :, :L]
+            )
     assert torch.equal(functions[OURS](), functions[peer]())
     out = B * HEADS * L * DIM * (4 if one_byte else kind.itemsize)
-    measure(f"read 2 x {HEADS} x {L} x {DIM} from {storage}", peer, functions[peer], bytes=cache.nbytes + out)
+    group = f"read 2 x {HEADS} x {L} x {DIM} from {storage}"
+    measure(group, peer, functions[peer], bytes=cache.nbytes + out)

@@ -96,7 +96,7 @@ def test_cached_logits_are_the_uncached_ones(model, name, rule, page_size, dtype
         got.append(model(tokens[:, start:end], attend))
     error = (torch.cat(got, 1) - want).abs().max()
     # float32: rounding only; one byte: a vector is off by 1/254 or 1/16 of itself
-    assert error < {torch.float32: 2e-5, torch.int8: 0.03, torch.float8_e4m3fn: 0.3}[dtype] * want.abs().max()
+    assert error < {torch.float32: 2e-5, torch.int8: 0.02, torch.float8_e4m3fn: 0.1}[dtype] * want.abs().max()
 
 
 @pytest.mark.parametrize("page_size", [None, 3])

@@ -151,9 +151,13 @@ struct F32 {
     return r;
   }
   static ARIMG_INLINE F32 load(const BFloat16* p) {
+#if defined(__AVX512F__)
+    return (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
     ShortVec s;
     __builtin_memcpy(&s, p, sizeof(s));
     return (FloatVec)(__builtin_convertvector(s, UintVec) << 16);
+#endif
   }
   static ARIMG_INLINE F32 load(const Half* p) {
 #if defined(__AVX512F__)
@@ -191,8 +195,13 @@ struct F32 {
     UintVec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     UintVec nan = (u >> 16) | 0x40;
     UintVec is_nan = (UintVec)(v != v);
-    ShortVec s = __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), ShortVec);
+    UintVec chosen = (is_nan & nan) | (~is_nan & rounded);
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)chosen));
+#else
+    ShortVec s = __builtin_convertvector(chosen, ShortVec);
     __builtin_memcpy(p, &s, sizeof(s));
+#endif
   }
   ARIMG_INLINE void store(Half* p) const {
 #if defined(__AVX512F__)

@@ -35,13 +35,19 @@ struct Slot {
   int64_t page, offset;  // page -1: nowhere
 };
 
+// The n-th page of a row, or -1.
+static ARIMG_HD int64_t find_page(const Pages& p, int64_t batch, int64_t n) {
+  if (!p.table) return n == 0 ? batch : -1;
+  if (n >= p.per_row) return -1;
+  const int64_t page = p.table[batch * p.per_row + n];
+  return page < p.count ? page : -1;
+}
+
 static ARIMG_HD Slot find_slot(const Pages& p, int64_t batch, int64_t position) {
   if (position < 0) return {-1, 0};
   if (!p.table) return {position < p.size ? batch : -1, position};
   const int64_t number = position / p.size;
-  if (number >= p.per_row) return {-1, 0};
-  const int64_t page = p.table[batch * p.per_row + number];
-  return {page < p.count ? page : -1, position - number * p.size};
+  return {find_page(p, batch, number), position - number * p.size};
 }
 
 // Appends a block of tokens and hands out their queries, in one pass over the output of the qkv projection:

@@ -28,25 +28,25 @@ static void read_run(const ReadCache& p, Slot slot, int64_t head, int64_t count,
 }
 
 template <typename T>
-static void read_row(const ReadCache& p, int64_t number) {
-  const int64_t batch = number / p.kv_heads, head = number % p.kv_heads;
-  T* to = (T*)p.out + number * p.tokens * p.dim;
+static void read_row(const ReadCache& p, int64_t row) {
+  const int64_t batch = row / p.kv_heads, head = row % p.kv_heads, size = p.pages.size;
+  T* to = (T*)p.out + row * p.tokens * p.dim;
   const int64_t end = p.start + p.tokens;
   int64_t filled = p.lengths ? p.lengths[batch] : end;
   if (filled > end) filled = end;
-  int64_t position = p.start;
-  while (position < end) {
-    const int64_t left_in_page = p.pages.size - position % p.pages.size;
-    int64_t count = (position < filled ? filled : end) - position;
-    if (position < filled && count > left_in_page) count = left_in_page;
-    const Slot slot = position < filled ? find_slot(p.pages, batch, position) : Slot{-1, 0};
-    if (slot.page >= 0)
-      read_run(p, slot, head, count, to);
+  if (size == 0) filled = 0;
+  int64_t position = p.start, number = size ? position / size : 0, offset = position - number * size;
+  for (; position < filled; ++number, offset = 0) {
+    const int64_t page = find_page(p.pages, batch, number);
+    const int64_t count = filled - position < size - offset ? filled - position : size - offset;
+    if (page >= 0)
+      read_run(p, Slot{page, offset}, head, count, to);
     else
       __builtin_memset((void*)to, 0, count * p.dim * sizeof(T));
     position += count;
     to += count * p.dim;
   }
+  if (end > position) __builtin_memset((void*)to, 0, (end - position) * p.dim * sizeof(T));
 }
 
 void read_cache(const ReadCache& p, int64_t begin, int64_t end) {
