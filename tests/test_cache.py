@@ -361,6 +361,7 @@ def test_bad_caches_are_refused():
         KVCache(1, 1, 4, 8).read(row=1)
     with pytest.raises(TypeError, match="expected qkv to be a tensor, got list"):
         KVCache(1, 1, 4, 8).append([1])
+    KVCache(0, 1, 4, 8).reorder(())
     empty = KVCache(0, 1, 4, 8, page_size=2)
     assert empty.length == 0 and empty.append(torch.zeros(0, 2, 3, 1, 8)).shape == (0, 1, 2, 8)
 

@@ -242,7 +242,7 @@ class KVCache:
         lengths = [self._lengths[r] for r in source]
         if self._rows is None:
             longest = max(lengths, default=0)
-            index = torch.tensor(source).to(self.k.device, non_blocking=True)
+            index = torch.tensor(source, dtype=torch.long).to(self.k.device, non_blocking=True)
             for t in map(indexable, self._pool.tensors):
                 t[:, :, :longest] = t[index, :, :longest]
         else:
