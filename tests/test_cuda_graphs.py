@@ -1,5 +1,5 @@
-"""Every public operation of quantize, pyramid and sampling in a CUDA graph: captured once, replayed with new
-inputs, seeds and settings.
+"""Every public operation of quantize, kv_cache, pyramid and sampling in a CUDA graph: captured once, replayed
+with new inputs, seeds and settings.
 
 Without a GPU the same bodies run eagerly on the CPU, under a watch for what a capture forbids: reading a
 value on the host, sizes that depend on values, tensors made from Python's numbers.
@@ -80,6 +80,42 @@ def window(d):
 
 def search(d):
     return dict(x=d.normal(30, 4), codes=d.normal(50, 4), logits=d.normal(50))
+
+
+def cached(d):
+    """New tokens, where they go, and a cache of three pages a row."""
+    where = dict(at=d.below(3, 2, 2).int() + torch.tensor([0, 4]).int(), table=d.below(1, 2, 3).int())
+    where["table"] += torch.randperm(6, generator=d.generator).view(2, 3).int()
+    return where | dict(
+        qkv=d.normal(2, 2, 4, 8),
+        k=d.normal(6, 1, 3, 8),
+        v=d.normal(6, 1, 3, 8),
+        w=d.normal(8),
+        angle=d.normal(9, 4),
+    )
+
+
+def appended(i):
+    k, v = i["k"].clone(), i["v"].clone()
+    rope = ops.Rope(i["angle"].cos(), i["angle"].sin())
+    q = ops.append_(
+        k, v, i["qkv"], positions=i["at"], page_table=i["table"], norm="rms", q_weight=i["w"], rope=rope
+    )
+    return q, k, v
+
+
+def appended_codes(i):
+    codes = [torch.zeros_like(i[n], dtype=torch.int8) for n in "kv"]
+    factors = [torch.zeros_like(i[n][..., 0]).contiguous() for n in "kv"]
+    q = ops.append_(
+        *codes, i["qkv"], positions=i["at"], page_table=i["table"], k_scale=factors[0], v_scale=factors[1]
+    )
+    return q, *codes, *factors
+
+
+def appended_units(i):
+    k, v = i["k"].clone(), i["v"].clone()
+    return ops.append_qk_norm_(k[:2], v[:2], i["qkv"][:, :, :3, None], 1, i["w"][:1], True), k, v
 
 
 def levels(d):
@@ -252,6 +288,14 @@ CASES: dict[
             position=i["at"],
         ),
     ),
+    # kv_cache
+    "append_": (cached, appended),
+    "append_ into one-byte storage": (cached, appended_codes),
+    "append_qk_norm_": (cached, appended_units),
+    "read_cache": (
+        lambda d: cached(d) | dict(lengths=d.below(9, 2).int()),
+        lambda i: ops.read_cache(i["k"], 1, 8, page_table=i["table"], lengths=i["lengths"]),
+    ),
     # what a step of a masked model makes of them
     "a step of Meissonic": (
         lambda d: dict(x=d.normal(2, 30, 20), final=d.normal(2, 30) > 0.5, s=d.seeds(2), at=d.at()),
@@ -356,8 +400,8 @@ def test_the_watch_sees_what_a_capture_forbids():
             function()
 
 
-def test_every_operation_of_the_three_families_has_a_case():
-    families = ("quantize", "pyramid", "sampling")
+def test_every_operation_of_these_families_has_a_case():
+    families = ("quantize", "kv", "pyramid", "sampling")
     public = {
         name
         for name in ops.__all__

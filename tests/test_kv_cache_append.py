@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from arimg import _library, ops, reference
 from arimg.nn.rope import rope_1d, rope_2d
@@ -294,6 +295,37 @@ def test_compiles_without_graph_breaks_and_without_recompiling():
         assert all(torch.equal(a, b) for a, b in zip(got, step(*other, qkv, start, start + tokens)))
         assert torch.equal(mine, other) and mine.count_nonzero()
     assert len(graphs) == 1
+
+
+def test_caches_of_more_than_2_31_elements():
+    """Their shapes, under fake tensors."""
+    with FakeTensorMode():
+        k, v = (torch.empty(2**17, 8, 32, 128, dtype=torch.int8) for _ in "kv")
+        scale = torch.empty(2**17, 8, 32)
+        table = torch.empty(4, 2**15, dtype=torch.int32)
+        qkv = torch.empty(4, 300, 24 + 16, 128, dtype=torch.bfloat16)
+        assert k.numel() > 2**31
+        q = ops.append_(k, v, qkv, 2**19, page_table=table, k_scale=scale, v_scale=scale)
+        assert q.shape == (4, 24, 300, 128) and q.dtype == torch.bfloat16
+        out = ops.read_cache(k, 0, 2**20, page_table=table, scale=scale, dtype=torch.float16)
+        assert out.shape == (4, 8, 2**20, 128) and out.dtype == torch.float16 and out.numel() > 2**31
+
+
+def test_pages_beyond_2_31_elements(backend):
+    """Offsets of pages are 64-bit: the two ends of large caches, whose middle is never touched."""
+    if backend.name == "emulated":
+        pytest.skip("the page behind each input would copy gigabytes")
+    pages, D = 2**31 // (16 * 64) + 2, 64
+    k, v = (torch.empty(pages, 1, 16, D, dtype=torch.int8, device=backend.device) for _ in "kv")
+    scales = [torch.empty(pages, 1, 16, device=backend.device) for _ in "kv"]
+    assert k.numel() > 2**31
+    table = torch.tensor([[pages - 1, 0]], dtype=torch.int32, device=backend.device)
+    qkv = normal(1, 4, 3, D, device=backend.device)
+    ops.append_(k, v, qkv, 14, page_table=table, k_scale=scales[0], v_scale=scales[1])
+    for which, (cache, scale) in enumerate(zip((k, v), scales)):
+        got = ops.read_cache(cache, 14, 18, page_table=table, scale=scale)
+        want = decode_vectors(*encode_vectors(qkv[:, :, 1 + which].cpu(), torch.int8), torch.float32)
+        assert torch.equal(got[:, 0].cpu(), want)
 
 
 def int32(*shape):
