@@ -217,6 +217,11 @@ class Caches(RuleBasedStateMachine):
         cache, number = self.all[0].cache, len(self.all[0].cache.k)
         holders = pages[pages >= 0].bincount(minlength=number).tolist()
         assert cache._pool.holders == holders and cache._pool.free == holders.count(0)
+        for pair in self.all:
+            if not pair.freed:
+                held = (pair.cache.page_table >= 0).sum(1).tolist()
+                lengths = [len(row) + len(more) for row, more in zip(pair.rows, pair.peeked)]
+                assert held == [-(-n // self.page_size) for n in lengths]
 
 
 def machine(page_size: int | None, dtype: torch.dtype):
