@@ -1,6 +1,8 @@
 """Public operations: validated, differentiable where that makes sense, run by the compiled kernels."""
 
 from arimg.ops.attention import cached_attention, row_interval_attention
+from arimg.ops.attention_linear import gated_linear_attention
+from arimg.ops.attention_ssd import causal_conv1d, ssd_scan
 from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.ops.block_conv import conv3x3, group_norm_affine
 from arimg.ops.kv_cache import Rope, append_, append_qk_norm_, read_cache
@@ -50,6 +52,7 @@ __all__ = [
     "bicubic_up",
     "bilinear_up",
     "cached_attention",
+    "causal_conv1d",
     "code_statistics",
     "code_usage",
     "codebook_flow",
@@ -66,6 +69,7 @@ __all__ = [
     "frequency_factor",
     "fsq",
     "fsq_codes",
+    "gated_linear_attention",
     "gated_residual",
     "gated_residual_norm",
     "gaussian_accept",
@@ -92,6 +96,7 @@ __all__ = [
     "sample_bits",
     "sign_codes",
     "speculative_accept",
+    "ssd_scan",
     "token_law",
     "token_shuffle",
     "token_unshuffle",

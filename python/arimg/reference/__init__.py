@@ -1,6 +1,8 @@
 """Every operation of `arimg.ops` in plain torch, with the same signature: oracle, fallback and baseline."""
 
 from arimg.reference.attention import cached_attention, row_interval_attention
+from arimg.reference.attention_linear import gated_linear_attention
+from arimg.reference.attention_ssd import causal_conv1d, ssd_scan
 from arimg.reference.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.reference.block_conv import conv3x3, group_norm_affine
 from arimg.reference.kv_cache import (
@@ -56,6 +58,7 @@ __all__ = [
     "bicubic_up",
     "bilinear_up",
     "cached_attention",
+    "causal_conv1d",
     "code_statistics",
     "code_usage",
     "codebook_groups",
@@ -69,6 +72,7 @@ __all__ = [
     "frequency_factor",
     "fsq",
     "fsq_codes",
+    "gated_linear_attention",
     "gated_residual",
     "gated_residual_norm",
     "gaussian_accept",
@@ -99,6 +103,7 @@ __all__ = [
     "shared_noise_draw",
     "sign_codes",
     "speculative_accept",
+    "ssd_scan",
     "token_law",
     "token_shuffle",
     "token_unshuffle",
