@@ -97,7 +97,7 @@ class HybridLinearAttention(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, state: Tensor | None = None, *, chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x [B, L, C], images of `chunk` tokens (default: one image), condition like x -> [B, L, C], state."""
+        """x and condition [B, L, C], images of `chunk` tokens (default: one) -> [B, L, C] and the state."""
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         gate = F.logsigmoid(self.gt_proj(x + condition).float()).transpose(1, 2) / self.gate_divisor
         out, state = ops.gated_linear_attention(q, k, v, gate, state=state, chunk=chunk)
