@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from arimg import _library, ops, reference
 from tolerance import assert_close
@@ -288,6 +289,27 @@ def test_compiles_without_graph_breaks_and_without_recompiling():
         for got, want in zip(compiled(*inputs), step(*inputs)):
             assert torch.equal(got, want)
     assert len(graphs) == 1
+
+
+def test_several_images_compile_in_one_graph():
+    q, k, v, gate, state = make(1, 2, 48, 16)
+    step = torch.compile(
+        lambda *t: ops.gated_linear_attention(*t, state=state, chunk=16), fullgraph=True, backend="eager"
+    )
+    for got, want in zip(
+        step(q, k, v, gate), ops.gated_linear_attention(q, k, v, gate, state=state, chunk=16)
+    ):
+        assert torch.equal(got, want)
+
+
+def test_shapes_beyond_2_to_the_31_elements():
+    with FakeTensorMode():
+        q = torch.empty(64, 32, 2**16, 64, dtype=torch.bfloat16)
+        gate = torch.empty(64, 32, 2**16)
+        for form in FORMS:
+            out, state = ops.gated_linear_attention(q, q, q, gate, inner=form)
+            assert out.shape == q.shape and out.dtype == q.dtype
+            assert state.shape == (64, 32, 64, 64) and state.dtype == torch.float32
 
 
 def good():

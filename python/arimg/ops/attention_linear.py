@@ -5,8 +5,6 @@ float32, bfloat16 or float16; sums and the state in float32. See docs/ops/attent
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -70,13 +68,8 @@ def _softmax_within(q: Tensor, k: Tensor, v: Tensor, chunk: int, scale: float) -
     """Attention of each chunk to itself."""
     if chunk == q.shape[2]:
         return cached_attention(q, k, v, chunk, scale=scale)
-    return row_interval_attention(q, k, v, *_chunk_intervals(q.shape[2], chunk, q.device), scale=scale)
-
-
-@lru_cache(maxsize=64)
-def _chunk_intervals(length: int, chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    start = torch.arange(length, dtype=torch.int32, device=device) // chunk * chunk
-    return start, start + chunk
+    start = torch.arange(q.shape[2], dtype=torch.int32, device=q.device) // chunk * chunk
+    return row_interval_attention(q, k, v, start, start + chunk, scale=scale)
 
 
 def check_state(state: Tensor | None, like: Tensor, sizes: tuple[int, int, int, int]) -> None:
