@@ -1,5 +1,5 @@
-"""Every public operation of quantize, kv_cache, pyramid and sampling in a CUDA graph: captured once, replayed
-with new inputs, seeds and settings.
+"""Every public operation of quantize, kv_cache, pyramid and sampling, and of attention those with a carried
+state, in a CUDA graph: captured once, replayed with new inputs, seeds and settings.
 
 Without a GPU the same bodies run eagerly on the CPU, under a watch for what a capture forbids: reading a
 value on the host, sizes that depend on values, tensors made from Python's numbers.
@@ -116,6 +116,12 @@ def appended_codes(i):
 def appended_units(i):
     k, v = i["k"].clone(), i["v"].clone()
     return ops.append_qk_norm_(k[:2], v[:2], i["qkv"][:, :, :3, None], 1, i["w"][:1], True), k, v
+
+
+def carried(d):
+    """q, k and v serve attention as [B, H, L, D] and the scan, whose heads come third, as [B, L, H, D]."""
+    each = {name: d.normal(2, 2, 6, 8) for name in ("q", "k", "v")}
+    return each | dict(gate=-d.normal(2, 2, 6).abs(), state=d.normal(2, 2, 8, 8), D=d.normal(6))
 
 
 def levels(d):
@@ -295,6 +301,19 @@ CASES: dict[
     "read_cache": (
         lambda d: cached(d) | dict(lengths=d.below(9, 2).int()),
         lambda i: ops.read_cache(i["k"], 1, 8, page_table=i["table"], lengths=i["lengths"]),
+    ),
+    # attention with a carried state
+    "gated_linear_attention": (
+        carried,
+        lambda i: ops.gated_linear_attention(i["q"], i["k"], i["v"], i["gate"], state=i["state"], chunk=3),
+    ),
+    "ssd_scan": (
+        carried,
+        lambda i: ops.ssd_scan(i["v"], i["gate"].exp(), -i["D"].exp(), i["k"], i["q"], D=i["D"]),
+    ),
+    "causal_conv1d": (
+        lambda d: dict(x=d.normal(2, 5, 8), w=d.normal(8, 4), tail=d.normal(2, 3, 8)),
+        lambda i: ops.causal_conv1d(i["x"], i["w"], tail=i["tail"]),
     ),
     # what a step of a masked model makes of them
     "a step of Meissonic": (
