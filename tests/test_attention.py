@@ -43,6 +43,29 @@ def test_rules(backend, rule, dtype):
     assert_close(ops.row_interval_attention(q, k, v, *intervals), masked_softmax, q, k, v, *intervals)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rule", ["level-causal", "strictly-lower", "token-causal"])
+def test_a_plan_changes_nothing_but_the_tiles(backend, rule, dtype):
+    layout = Layout.scales([1, 2, 3, 4, 5, (3, 40), (2, 50)])
+    q, k, v = make(1, 2, layout.length, 64, dtype, backend.device)
+    seen = layout.visibility(rule, device=backend.device)
+
+    def attend(plan):
+        return ops.row_interval_attention(
+            q, k, v, seen.row_start, seen.row_end, self_key=seen.self_key, plan=plan
+        )
+
+    planned, free = attend(seen.plan), attend(None)
+    if backend.name != "emulated" and backend.device == "cpu":
+        assert torch.equal(planned, free)
+    else:
+        assert_close(
+            planned,
+            lambda *t: reference.row_interval_attention(*t, self_key=seen.self_key),
+            *(q, k, v, seen.row_start, seen.row_end),
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [8, 24, 32, 40, 64, 96, 128, 200, 256])
 def test_head_dims(backend, D, dtype):
@@ -171,48 +194,6 @@ def test_empty_sizes(backend):
         assert ops.row_interval_attention(q, q, q, interval, interval).shape == shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "Lq, length", [(1, 1), (1, 77), (2, 130), (3, 64), (9, 14), (64, 91), (1, 0), (5, 0)]
-)
-def test_cached(backend, Lq, length, dtype):
-    q, k, v = make(2, 3, Lq, 64, dtype, backend.device, keys=140)
-    k[:, :, length:] = float("nan")  # what lies beyond the length is never read
-    v[:, :, length:] = float("nan")
-    got = ops.cached_attention(q, k, v, length)
-    assert got.transpose(1, 2).is_contiguous()
-    if length == 0:
-        assert got.shape == q.shape and (got == 0).all()
-        return
-    assert_close(got, reference.cached_attention, q, k, v, length)
-
-
-@pytest.mark.parametrize("D", [8, 40, 64, 128, 256])
-def test_cached_reads_slices_of_a_larger_cache(backend, D):
-    q, k, v = make(4, 4, 1, D, device=backend.device, keys=70)
-    got = ops.cached_attention(q[1::2, 1:3], k[1::2, 1:3], v[1::2, 1:3], 66)
-    want = ops.cached_attention(q, k, v, 66)
-    assert torch.equal(got, want[1::2, 1:3])
-    assert_close(want, reference.cached_attention, q, k, v, 66)
-
-
-@pytest.mark.parametrize("sides", [[1, 2, 3, 4, 5, 6, 8]])
-def test_cached_steps_equal_the_masked_whole(backend, sides):
-    layout = Layout.scales(sides)
-    q, k, v = make(2, 2, layout.length, 64, device=backend.device)
-    whole = ops.row_interval_attention(q, k, v, *moved(layout.intervals("level-causal"), backend.device))
-    for first, last in layout.segments:
-        step = ops.cached_attention(q[:, :, first:last], k, v, last)
-        assert (step - whole[:, :, first:last]).abs().max() < 1e-5
-
-
-def test_gradients_flow_through_the_reference():
-    q, k, v = (t.requires_grad_() for t in make(1, 1, 14, 8))
-    start, end = Layout.scales([1, 2, 3]).intervals("level-causal")
-    ops.row_interval_attention(q, k, v, start, end).sum().backward()
-    assert all(t.grad is not None and t.grad.isfinite().all() for t in (q, k, v))
-
-
 def _packet(namespace):
     if namespace == "arimg_emulated":
         try:
@@ -227,24 +208,18 @@ def test_opcheck(namespace):
     packet = _packet(namespace)
     q, k, v = make(1, 2, 14, 16)
     start, end = Layout.scales([1, 2, 3]).intervals("level-causal")
-    torch.library.opcheck(packet.row_interval_attention, (q, k, v, start, end, 0.25))
-    torch.library.opcheck(packet.cached_attention, (q, k, v, 9, 0.25))
-
-
-def test_compiles_without_graph_breaks_and_without_recompiling():
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    step = torch.compile(
-        lambda q, k, v, n: ops.cached_attention(q, k, v, n) + 1, fullgraph=True, dynamic=True, backend=backend
+    seen = Layout.scales([1, 2, 3]).visibility("level-causal")
+    rule, factor = (start, end), torch.tensor([0.5, 2.0])
+    tail = (seen.plan.row_tiles, seen.plan.tile_rows, factor, 1, True, 0.25, True)
+    torch.library.opcheck(packet.row_interval_attention, (q, k, v, *rule, *tail))
+    torch.library.opcheck(
+        packet.row_interval_attention, (q, k, v, *rule, None, 0, None, 0, False, 0.25, False)
     )
-    for queries, length in ((3, 9), (5, 20), (8, 33)):
-        q, k, v = make(1, 2, queries, 16, keys=40)
-        assert torch.equal(step(q, k, v, length), ops.cached_attention(q, k, v, length) + 1)
-    assert len(graphs) == 1
+    out, lse = packet.row_interval_attention(q, k, v, *rule, *tail)
+    torch.library.opcheck(
+        packet.row_interval_attention_backward,
+        (q, q, k, v, out.transpose(1, 2), lse, *rule, seen.plan.key_rows, factor, 1, True, 0.25),
+    )
 
 
 def _good():
@@ -260,7 +235,7 @@ def _good():
         (dict(q=torch.zeros(2, 3, 5, 16).double()), TypeError, "expected q of float32"),
         (dict(q=torch.zeros(2, 3, 5, 12)), ValueError, "multiple of 8 up to 256, got 12"),
         (dict(q=torch.zeros(2, 3, 5, 264)), ValueError, "multiple of 8 up to 256, got 264"),
-        (dict(k=torch.zeros(2, 3, 6, 16)), ValueError, r"expected k of q's shape \[2, 3, 5, 16\]"),
+        (dict(k=torch.zeros(2, 2, 5, 16)), ValueError, r"expected k \[2, a divisor of 3, keys, 16\]"),
         (dict(v=torch.zeros(2, 3, 5, 16).half()), TypeError, "expected v of q's dtype"),
         (dict(v=torch.zeros(2, 3, 5, 16, device="meta")), ValueError, "expected v on q's device"),
         (dict(row_start=torch.zeros(5)), TypeError, "expected row_start of int32, got torch.float32"),
@@ -272,17 +247,3 @@ def _good():
 def test_bad_input_is_refused(change, error, text):
     with pytest.raises(error, match=text):
         ops.row_interval_attention(**(_good() | change))
-
-
-@pytest.mark.parametrize(
-    "k, v, length, text",
-    [
-        ((2, 2, 9, 16), (2, 3, 9, 16), 4, r"expected k_cache \[2, 3, 9, 16\], got \[2, 2, 9, 16\]"),
-        ((2, 3, 9, 16), (2, 3, 8, 16), 4, r"expected v_cache \[2, 3, 9, 16\], got \[2, 3, 8, 16\]"),
-        ((2, 3, 9, 16), (2, 3, 9, 16), 10, "expected a length of 0..9, got 10"),
-        ((2, 3, 9, 16), (2, 3, 9, 16), -1, "expected a length of 0..9, got -1"),
-    ],
-)
-def test_bad_caches_are_refused(k, v, length, text):
-    with pytest.raises(ValueError, match=text):
-        ops.cached_attention(torch.zeros(2, 3, 1, 16), torch.zeros(k), torch.zeros(v), length)

@@ -1,6 +1,7 @@
 """Public operations: validated, differentiable where that makes sense, run by the compiled kernels."""
 
-from arimg.ops.attention import cached_attention, row_interval_attention
+from arimg.ops.attention import TilePlan, row_interval_attention
+from arimg.ops.attention_cached import cached_attention, causal_intervals
 from arimg.ops.attention_linear import gated_linear_attention
 from arimg.ops.attention_ssd import causal_conv1d, ssd_scan
 from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
@@ -43,6 +44,7 @@ __all__ = [
     "Drawn",
     "Law",
     "Rope",
+    "TilePlan",
     "accumulate_",
     "append_",
     "append_qk_norm_",
@@ -53,6 +55,7 @@ __all__ = [
     "bilinear_up",
     "cached_attention",
     "causal_conv1d",
+    "causal_intervals",
     "code_statistics",
     "code_usage",
     "codebook_flow",

@@ -1,6 +1,6 @@
 """Every operation of `arimg.ops` in plain torch, with the same signature: oracle, fallback and baseline."""
 
-from arimg.reference.attention import cached_attention, row_interval_attention
+from arimg.reference.attention import cached_attention, row_interval_attention, visible
 from arimg.reference.attention_linear import gated_linear_attention
 from arimg.reference.attention_ssd import causal_conv1d, ssd_scan
 from arimg.reference.block import gated_residual, gated_residual_norm, norm_modulate
@@ -110,4 +110,5 @@ __all__ = [
     "unpack_bits",
     "unpack_signs",
     "unpack_two_levels",
+    "visible",
 ]
