@@ -59,7 +59,10 @@ def ceilings() -> dict[str, float]:
 
 @pytest.fixture
 def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
-    """measure(group, name, function, *, bytes=0, flops=0, rounds=None) -> median seconds. Once per test."""
+    """measure(group, name, function, *, bytes, flops, peak, rounds) -> median seconds; once a test.
+
+    peak: bytes of memory that a call took, shown as a column of its own where one row gives it.
+    """
     torch.set_num_threads(THREADS)
 
     def run(
@@ -69,6 +72,7 @@ def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
         *,
         bytes: float = 0,
         flops: float = 0,
+        peak: float = 0,
         rounds: int | None = None,
     ) -> float:
         benchmark.group = group
@@ -92,6 +96,8 @@ def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
         if flops:
             row["GFLOP/s"] = flops / median / 1e9
             row["% sgemm"] = 100 * row["GFLOP/s"] / ceilings["sgemm GFLOP/s"]
+        if peak:
+            row["peak MB"] = peak / 1e6
         benchmark.extra_info.update(row)
         _rows.append(row)
         return median
@@ -125,11 +131,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         ours = next((r["median_ms"] for r in rows if r["name"] == OURS), float("nan"))
         write(f"\n{group}")
         heads = "".join(f"{h:>8}" for h in ("GB/s", "% copy", "GFLOP/s", "% gemm", "ratio"))
-        write(f"  {'':30}{'median ms':>11}{'p10':>10}{'p90':>10}{heads}")
+        peaks = any("peak MB" in row for row in rows)
+        write(f"  {'':30}{'median ms':>11}{'p10':>10}{'p90':>10}{heads}{'   peak MB' if peaks else ''}")
         for row in rows:
             write(
                 f"  {row['name']:30}{row['median_ms']:11.4f}{row['p10_ms']:10.4f}{row['p90_ms']:10.4f}"
                 f"{_number(row, 'GB/s', '.1f'):>8}{_number(row, '% copy', '.0f'):>8}"
                 f"{_number(row, 'GFLOP/s', '.1f'):>8}{_number(row, '% sgemm', '.0f'):>8}"
                 f"{row['median_ms'] / ours:7.2f}x"
+                f"{_number(row, 'peak MB', '.1f').rjust(10) if peaks else ''}"
             )

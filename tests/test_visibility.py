@@ -192,6 +192,9 @@ def test_the_faster_path_is_said_for_every_rule() -> None:
     for rule in RULES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert isinstance(sparse_is_faster(SCALES.visibility(rule), dtype), bool)
+    tiny, long = Layout.scales([2]), Layout.scales([1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
+    assert not sparse_is_faster(tiny.visibility("full"))
+    assert sparse_is_faster(long.visibility("level-causal"))
     assert not sparse_is_faster(SCALES.visibility("full"), device="cuda")
     assert sparse_is_faster(SCALES.visibility("level-diagonal"), device="cuda")
     assert isinstance(SCALES.visibility("full").to("cpu"), Visibility)

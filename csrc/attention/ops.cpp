@@ -38,6 +38,8 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Mayb
   Attention p = describe_attention(q, k, v, scale, true);
   describe_intervals(p, q, row_start, row_end);
   p.head_scale = head_factors(p, q, head_scale);
+  require(sinks >= 0 && (!self || p.keys >= p.queries),
+          "arimg: expected sinks >= 0, and a key per query for self");
   p.sinks = sinks;
   p.self = self;
   return p;

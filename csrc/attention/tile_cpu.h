@@ -184,11 +184,11 @@ struct Cells {
       return nullptr;
     return at(first);
   }
-  // Asks for channels of a key, which need not exist.
+  // Asks the second-level cache for channels of a key, which need not exist.
   ARIMG_INLINE void prefetch(int64_t n, int64_t from, int64_t channels) const {
     if (page != nullptr || n >= old) return;
     for (int64_t d = 0; d < channels; d += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch((const char*)(data + n * stride + from + d));
+      __builtin_prefetch((const char*)(data + n * stride + from + d), 0, 2);
   }
 };
 
@@ -456,6 +456,7 @@ static __attribute__((noinline)) void attend_few(const Tile<T>& t, const Part& p
     const T* keys[W];
     for (int i = 0; i < W; ++i) {
       int key = n + i < part.low ? part.low : n + i < part.high ? n + i : part.high - 1;  // masked later
+      if (t.far) t.v.prefetch(first + key, 0, t.dim);
       keys[i] = run != nullptr ? run + (key - part.low) * t.k.stride : t.k.at(first + key);
     }
     for (int r = 0; r < R; ++r)

@@ -24,7 +24,20 @@ class BreakEven(NamedTuple):
 # Measured on one thread of a Zen 4 machine, 16 heads of 64 (docs/attention.md): where the line through the
 # times of two densities crosses the time of torch's attention, under a bool mask ("mask") or without one.
 # Other lengths take the nearest entry. Infinite: never slower.
-BREAK_EVEN: dict[tuple[str, torch.dtype], tuple[BreakEven, ...]] = {}
+_NEVER = float("inf")
+BREAK_EVEN: dict[tuple[str, torch.dtype], tuple[BreakEven, ...]] = {
+    ("mask", torch.float32): (
+        BreakEven(16, 0.0),
+        BreakEven(36, 1.21),
+        BreakEven(256, 1.25),
+        BreakEven(1024, 1.27),
+    ),
+    ("full", torch.float32): (BreakEven(16, 0.0), BreakEven(36, _NEVER)),
+    ("causal", torch.float32): (BreakEven(16, 0.0), BreakEven(36, _NEVER)),
+    ("mask", torch.bfloat16): (BreakEven(4, _NEVER), BreakEven(256, 1.34), BreakEven(1024, 1.26)),
+    ("full", torch.bfloat16): (BreakEven(4, _NEVER),),
+    ("causal", torch.bfloat16): (BreakEven(4, _NEVER),),
+}
 
 
 def sparse_is_faster(

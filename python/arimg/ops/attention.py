@@ -53,32 +53,34 @@ def row_interval_attention(
     2).flatten(2)` is free; with return_lse also the float32 logarithm of each row's sum of exponentials, [B,
     H, L], without a gradient. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
-    _check(q, k=k, v=v)
-    _check_heads(q, k=k, v=v)
-    for name, t in (("row_start", row_start), ("row_end", row_end)):
-        _check_interval(name, t, q)
-    if row_start.dim() != row_end.dim():
-        raise ValueError(
-            f"expected row_end of row_start's shape {list(row_start.shape)}, got {list(row_end.shape)}"
-        )
-    if sinks < 0:
-        raise ValueError(f"expected sinks >= 0, got {sinks}")
-    if self_key and k.shape[2] < q.shape[2]:
-        raise ValueError(f"expected a key per query ({q.shape[2]}) for self_key, got {k.shape[2]} keys")
-    _check_head_scale(head_scale, q)
-    given = [t for t in (q, k, v, head_scale) if t is not None]
-    ops = kernels(*(t.detach() for t in given))
+    rule = _Rule(row_start, row_end, plan, sinks, self_key, scale)
+    if torch.compiler.is_compiling():
+        rule.check(q, k, v, head_scale)
+    ops = kernels(q.detach())
     if ops is None:
+        rule.check(q, k, v, head_scale)
         return reference.row_interval_attention(
             q, k, v, row_start, row_end, scale=scale, head_scale=head_scale, sinks=sinks, self_key=self_key,
             return_lse=return_lse,
         )  # fmt: skip
-    rule = _Rule(row_start.contiguous(), row_end.contiguous(), plan, sinks, self_key, _scale(q, scale))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        out, lse = _RowIntervalAttention.apply(q, k, v, head_scale, rule)
-    else:
-        out, lse = rule.forward(ops, _rows(q), _rows(k), _rows(v), head_scale, return_lse)
+    # The checks take as long as a short call: what is wrong is looked up once the operator refuses.
+    try:
+        out, lse = _attend(ops, q, k, v, head_scale, rule, return_lse)
+    except (RuntimeError, AttributeError, TypeError):
+        rule.check(q, k, v, head_scale)
+        raise
     return (out.transpose(1, 2), lse) if return_lse else out.transpose(1, 2)
+
+
+def _attend(
+    ops: Any, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, rule: _Rule, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    if not (q.device == k.device == v.device == rule.row_start.device == rule.row_end.device):
+        raise RuntimeError("expected tensors of one device")  # what differs is said by the check that follows
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, head_scale)):
+        out: tuple[Tensor, Tensor] = _RowIntervalAttention.apply(q, k, v, head_scale, rule)
+        return out
+    return rule.forward(ops, _rows(q), _rows(k), _rows(v), head_scale, return_lse)
 
 
 class _Rule(NamedTuple):
@@ -89,7 +91,23 @@ class _Rule(NamedTuple):
     plan: TilePlan | None
     sinks: int
     self_key: bool
-    scale: float
+    scale: float | None
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None) -> None:
+        _check(q, k=k, v=v)
+        _check_heads(q, k=k, v=v)
+        for name, t in (("row_start", self.row_start), ("row_end", self.row_end)):
+            _check_interval(name, t, q)
+        if self.row_start.dim() != self.row_end.dim():
+            raise ValueError(
+                f"expected row_end of row_start's shape {list(self.row_start.shape)}, "
+                f"got {list(self.row_end.shape)}"
+            )
+        if self.sinks < 0:
+            raise ValueError(f"expected sinks >= 0, got {self.sinks}")
+        if self.self_key and k.shape[2] < q.shape[2]:
+            raise ValueError(f"expected a key per query ({q.shape[2]}) for self_key, got {k.shape[2]} keys")
+        _check_head_scale(head_scale, q)
 
     def forward(
         self, ops: Any, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, with_lse: bool
@@ -97,8 +115,8 @@ class _Rule(NamedTuple):
         """(out [B, L, H, D], lse)."""
         tiles, rows = (None, 0) if self.plan is None else (self.plan.row_tiles, self.plan.tile_rows)
         out: tuple[Tensor, Tensor] = ops.row_interval_attention(
-            q, k, v, self.row_start, self.row_end, tiles, rows, head_scale, self.sinks, self.self_key,
-            self.scale, with_lse,
+            q, k, v, self.row_start.contiguous(), self.row_end.contiguous(), tiles, rows, head_scale,
+            self.sinks, self.self_key, _scale(q, self.scale), with_lse,
         )  # fmt: skip
         return out
 
@@ -127,8 +145,8 @@ class _RowIntervalAttention(torch.autograd.Function):
         key_rows = None if rule.plan is None else rule.plan.key_rows
         grad = _rows(grad.transpose(1, 2))
         grad_q, grad_k, grad_v = ops.row_interval_attention_backward(
-            grad, q, k, v, out.transpose(1, 2), lse, rule.row_start, rule.row_end, key_rows, head_scale,
-            rule.sinks, rule.self_key, rule.scale,
+            grad, q, k, v, out.transpose(1, 2), lse, rule.row_start.contiguous(),
+            rule.row_end.contiguous(), key_rows, head_scale, rule.sinks, rule.self_key, _scale(q, rule.scale),
         )  # fmt: skip
         grad_scale = None
         if head_scale is not None:
@@ -188,7 +206,7 @@ def _check_head_scale(head_scale: Tensor | None, q: Tensor) -> None:
 
 def _rows(t: Tensor) -> Tensor:
     """Contiguous channels; the other strides are free."""
-    return t if t.stride(3) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -69,6 +69,8 @@ def _run(
     ops: Any, q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, page_table: Tensor | None,
     new: _New, head_scale: Tensor | None, scale: float | None,
 ) -> Tensor:  # fmt: skip
+    if not q.device == k_cache.device == v_cache.device:
+        raise RuntimeError("expected tensors of one device")  # what differs is said by the check that follows
     k_new, v_new, intervals = new
     start, end = (None, None) if intervals is None else (t.contiguous() for t in intervals)
     fixed, lengths = (-1, length.contiguous()) if isinstance(length, Tensor) else (length, None)
