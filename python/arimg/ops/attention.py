@@ -66,7 +66,7 @@ def row_interval_attention(
     # The checks take as long as a short call: what is wrong is looked up once the operator refuses.
     try:
         out, lse = _attend(ops, q, k, v, head_scale, rule, return_lse)
-    except (RuntimeError, AttributeError, TypeError):
+    except (RuntimeError, AttributeError, TypeError, IndexError):
         rule.check(q, k, v, head_scale)
         raise
     return (out.transpose(1, 2), lse) if return_lse else out.transpose(1, 2)

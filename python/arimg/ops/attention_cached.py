@@ -49,7 +49,7 @@ def cached_attention(
         # The checks take as long as a short decode: what is wrong is looked up once the operator refuses.
         try:
             return _run(ops, q, k_cache, v_cache, length, page_table, new, head_scale, scale)
-        except (RuntimeError, AttributeError, TypeError):
+        except (RuntimeError, AttributeError, TypeError, IndexError):
             _check_all(q, k_cache, v_cache, length, page_table, new, head_scale)
             raise
     _check_all(q, k_cache, v_cache, length, page_table, new, head_scale)
