@@ -6,6 +6,7 @@ from arimg.ops.attention_linear import gated_linear_attention
 from arimg.ops.attention_ssd import causal_conv1d, ssd_scan
 from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.ops.block_conv import conv3x3, group_norm_affine
+from arimg.ops.block_linear import dequantize_weight, gated_linear_rows, linear_rows, quantize_weight
 from arimg.ops.kv_cache import Rope, append_, append_qk_norm_, read_cache
 from arimg.ops.pyramid import accumulate_, encode, encode_bands, encode_parts, features
 from arimg.ops.pyramid_bands import band_masks, frequency_bands
@@ -36,6 +37,7 @@ from arimg.ops.sampling_accept_gaussian import AcceptedValues, gaussian_accept
 from arimg.ops.sampling_accept_grouped import codebook_groups, grouped_accept
 from arimg.ops.sampling_bits import sample_bits
 from arimg.ops.sampling_confident import keep_most_confident
+from arimg.reference.block_linear import QuantizedWeight
 from arimg.reference.sampling import frequency_factor
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "AcceptedValues",
     "Drawn",
     "Law",
+    "QuantizedWeight",
     "Rope",
     "TilePlan",
     "accumulate_",
@@ -64,6 +67,7 @@ __all__ = [
     "codebook_softmax_mean",
     "codebook_velocity",
     "conv3x3",
+    "dequantize_weight",
     "encode",
     "encode_bands",
     "encode_parts",
@@ -73,6 +77,7 @@ __all__ = [
     "fsq",
     "fsq_codes",
     "gated_linear_attention",
+    "gated_linear_rows",
     "gated_residual",
     "gated_residual_norm",
     "gaussian_accept",
@@ -80,6 +85,7 @@ __all__ = [
     "grouped_accept",
     "keep_most_confident",
     "kmeans",
+    "linear_rows",
     "lookup",
     "merge_two_levels",
     "nearest_code",
@@ -91,6 +97,7 @@ __all__ = [
     "philox_uniform",
     "pool_tokens",
     "quantize",
+    "quantize_weight",
     "read_cache",
     "residual_nearest_code",
     "resize",

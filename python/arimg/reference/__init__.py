@@ -5,6 +5,13 @@ from arimg.reference.attention_linear import gated_linear_attention
 from arimg.reference.attention_ssd import causal_conv1d, ssd_scan
 from arimg.reference.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.reference.block_conv import conv3x3, group_norm_affine
+from arimg.reference.block_linear import (
+    QuantizedWeight,
+    dequantize_weight,
+    gated_linear_rows,
+    linear_rows,
+    quantize_weight,
+)
 from arimg.reference.kv_cache import (
     Rope,
     append_,
@@ -48,6 +55,7 @@ __all__ = [
     "Accepted",
     "AcceptedValues",
     "Law",
+    "QuantizedWeight",
     "Rope",
     "accumulate_",
     "append_",
@@ -65,6 +73,7 @@ __all__ = [
     "codebook_softmax_mean",
     "conv3x3",
     "decode_vectors",
+    "dequantize_weight",
     "encode",
     "encode_vectors",
     "features",
@@ -73,6 +82,7 @@ __all__ = [
     "fsq",
     "fsq_codes",
     "gated_linear_attention",
+    "gated_linear_rows",
     "gated_residual",
     "gated_residual_norm",
     "gaussian_accept",
@@ -81,6 +91,7 @@ __all__ = [
     "grouped_accept",
     "keep_most_confident",
     "kmeans",
+    "linear_rows",
     "lookup",
     "merge_two_levels",
     "nearest_code",
@@ -92,6 +103,7 @@ __all__ = [
     "philox_uniform",
     "pool_tokens",
     "quantize",
+    "quantize_weight",
     "rank_masses",
     "read_cache",
     "residual_nearest_code",
