@@ -14,9 +14,51 @@ SHAPES = {
 }
 
 
+def plain_norm(x, scale, shift):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def plain_rms(x, scale, shift):
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
 def plain(x, y, gate, scale, shift):
     x = x + gate * y
-    return x, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return x, plain_norm(x, scale, shift)
+
+
+@pytest.mark.parametrize("peer", ["arimg", "torch"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norm_modulate(shape, norm, peer, measure):
+    x = torch.randn(SHAPES[shape])
+    scale, shift = torch.randn(2, x.shape[0], 1, x.shape[2])
+    functions = {
+        "arimg": lambda: ops.norm_modulate(x, scale, shift, norm=norm),
+        "torch": lambda: (plain_rms if norm == "rms" else plain_norm)(x, scale, shift),
+    }
+    assert torch.allclose(functions["arimg"](), functions["torch"](), atol=1e-4)
+    # x is read, the normed rows are written.
+    measure(f"{norm} norm + modulate, {shape}", peer, functions[peer], bytes=2 * x.nbytes)
+
+
+@pytest.mark.parametrize("peer", ["arimg", "torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient(shape, peer, measure):
+    """Forward and backward of the gated residual with its norm."""
+    x, y, grad_x, grad = (torch.randn(SHAPES[shape]) for _ in range(4))
+    gate, scale, shift = torch.randn(3, x.shape[0], 1, x.shape[2])
+    inputs = [t.requires_grad_() for t in (x, y, gate, scale, shift)]
+
+    def step(function):
+        return torch.autograd.grad(function(*inputs), inputs, (grad_x, grad))
+
+    functions = {"arimg": lambda: step(ops.gated_residual_norm), "torch": lambda: step(plain)}
+    for ours, theirs in zip(functions["arimg"](), functions["torch"]()):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-2)
+    # Forward as below; backward reads the sum, y and two gradients and writes two.
+    group = f"gated residual + norm + modulate, forward and backward, {shape}"
+    measure(group, peer, functions[peer], bytes=10 * x.nbytes)
 
 
 @pytest.mark.parametrize("peer", ["arimg", "torch"])

@@ -26,6 +26,7 @@ struct NormModulate {
   int64_t rows, rows_per_batch, channels;
   int64_t scale_stride, shift_stride, gate_stride;  // elements between batch entries
   float eps;
+  bool rms;  // the norm divides by the root of the mean square alone; otherwise LayerNorm
 };
 
 // Rows [begin, end).

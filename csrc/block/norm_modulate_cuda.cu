@@ -3,8 +3,7 @@
 // A thread owns chunks of 16 bytes. Rows that are not 16-byte aligned are read element by element, but by the
 // same threads in the same order: the result does not depend on where the tensors lie.
 #include "block/contract.h"
-#include "core/chunk.h"
-#include "core/cuda.h"
+#include "block/norm_row_cuda.h"
 
 namespace arimg {
 namespace {
@@ -12,13 +11,6 @@ namespace {
 using namespace cuda;
 
 constexpr int max_threads = 256;
-
-// f(first element, elements in the row from there) for each chunk of this thread.
-template <typename T, typename F>
-__device__ __forceinline__ void for_chunks(int channels, F&& f) {
-  for (int64_t i = int64_t(threadIdx.x) * chunk<T>; i < channels; i += int64_t(blockDim.x) * chunk<T>)
-    f(int(i), channels - int(i));
-}
 
 // x + gate * y, stored, and read back by the thread that stored it: the statistics are those of the rounded
 // sum, so that the fused and the separate operations agree. Gives the row that holds the sum.
@@ -52,31 +44,7 @@ __global__ void __launch_bounds__(max_threads) norm_modulate_kernel(NormModulate
   const T* x = add_residual<T, vectors>(p, row, entry);
   if (p.scale == nullptr) return;
 
-  float total = 0.f;
-  for_chunks<T>(channels, [&](int i, int count) {
-    float v[chunk<T>];
-    load_chunk<vectors>(v, x + i, count);
-#pragma unroll
-    for (int j = 0; j < chunk<T>; ++j) total += v[j];
-  });
-  const float mean = block_reduce_sum(total, scratch) / float(channels);
-
-  // The second pass also sums the deviations themselves, which takes back the rounding of the first mean.
-  float squares = 0.f, deviations = 0.f;
-  for_chunks<T>(channels, [&](int i, int count) {
-    float v[chunk<T>];
-    load_chunk<vectors>(v, x + i, count, mean);
-#pragma unroll
-    for (int j = 0; j < chunk<T>; ++j) {
-      const float d = v[j] - mean;
-      squares = __fmaf_rn(d, d, squares);
-      deviations += d;
-    }
-  });
-  const float correction = block_reduce_sum(deviations, scratch) / float(channels);
-  const float variance = block_reduce_sum(squares, scratch) / float(channels) - correction * correction;
-  const float inverse = 1.f / sqrtf((variance > 0.f ? variance : 0.f) + p.eps);
-
+  const Statistics statistics = statistics_of<T, vectors>(x, channels, p.rms, p.eps, scratch);
   const T* scale = static_cast<const T*>(p.scale) + entry * p.scale_stride;
   const T* shift = static_cast<const T*>(p.shift) + entry * p.shift_stride;
   T* out = static_cast<T*>(p.out) + row * channels;
@@ -86,8 +54,7 @@ __global__ void __launch_bounds__(max_threads) norm_modulate_kernel(NormModulate
     load_chunk<vectors>(a, scale + i, count);
     load_chunk<vectors>(b, shift + i, count);
 #pragma unroll
-    for (int j = 0; j < chunk<T>; ++j)
-      v[j] = __fmaf_rn((v[j] - mean - correction) * inverse, a[j] + 1.f, b[j]);
+    for (int j = 0; j < chunk<T>; ++j) v[j] = __fmaf_rn(statistics.normed(v[j]), a[j] + 1.f, b[j]);
     store_chunk<vectors>(out + i, v, count);
   });
 }

@@ -41,13 +41,14 @@ const void* per_batch(const Tensor& t, const Tensor& x, int64_t& stride) {
   return t.const_data_ptr();
 }
 
-Tensor norm_modulate_op(const Tensor& x, const Tensor& scale, const Tensor& shift, double eps) {
+Tensor norm_modulate_op(const Tensor& x, const Tensor& scale, const Tensor& shift, double eps, bool rms) {
   NormModulate p = describe(x);
   Tensor out = torch::stable::empty_like(x);
   p.scale = per_batch(scale, x, p.scale_stride);
   p.shift = per_batch(shift, x, p.shift_stride);
   p.out = out.mutable_data_ptr();
   p.eps = float(eps);
+  p.rms = rms;
   run(p, x, "norm_modulate");
   return out;
 }
@@ -62,7 +63,8 @@ void add_gated(NormModulate& p, const Tensor& x, const Tensor& y, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor> gated_residual_norm_op(const Tensor& x, const Tensor& y, const Tensor& gate,
-                                                  const Tensor& scale, const Tensor& shift, double eps) {
+                                                  const Tensor& scale, const Tensor& shift, double eps,
+                                                  bool rms) {
   NormModulate p = describe(x);
   Tensor residual = torch::stable::empty_like(x);
   Tensor out = torch::stable::empty_like(x);
@@ -71,6 +73,7 @@ std::tuple<Tensor, Tensor> gated_residual_norm_op(const Tensor& x, const Tensor&
   p.shift = per_batch(shift, x, p.shift_stride);
   p.out = out.mutable_data_ptr();
   p.eps = float(eps);
+  p.rms = rms;
   run(p, x, "gated_residual_norm");
   return {residual, out};
 }
@@ -86,9 +89,10 @@ Tensor gated_residual_op(const Tensor& x, const Tensor& y, const Tensor& gate) {
 }  // namespace
 
 ARIMG_OPS_SCHEMAS(m) {
-  m.def("norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor");
+  m.def("norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps, bool rms) -> Tensor");
   m.def(
-      "gated_residual_norm(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps) -> "
+      "gated_residual_norm(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, bool rms) "
+      "-> "
       "(Tensor, Tensor)");
   m.def("gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor");
 }

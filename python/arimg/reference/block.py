@@ -10,9 +10,12 @@ from torch import Tensor
 from arimg.reference.precision import wide
 
 
-def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """LayerNorm over C without parameters, then * (1 + scale) + shift (adaptive layer norm)."""
-    normed = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
+def norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, norm: str = "layer"
+) -> Tensor:
+    """LayerNorm or RMSNorm over C without parameters, then * (1 + scale) + shift (adaptive norm)."""
+    normalise = F.rms_norm if norm == "rms" else F.layer_norm
+    normed = normalise(wide(x), x.shape[-1:], eps=eps)
     return (normed * (1 + wide(scale)) + wide(shift)).to(x.dtype)
 
 
@@ -22,8 +25,15 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def gated_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float = 1e-6,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """x_new = x + gate * y and the next sub-layer's input: (x_new, norm_modulate(x_new, scale, shift))."""
     x_new = gated_residual(x, y, gate)
-    return x_new, norm_modulate(x_new, scale, shift, eps=eps)
+    return x_new, norm_modulate(x_new, scale, shift, eps=eps, norm=norm)
