@@ -10,7 +10,9 @@ from arimg import ops
 
 SHAPES = {
     "VAR d16, last scale (2 x 256 x 1024)": (2, 256, 1024),
-    "past the cache (8 x 2240 x 1024)": (8, 2240, 1024),
+    # Two tensors exceed the cache, and each is small enough that malloc gives used pages again; beyond 32 MB
+    # every result costs its page faults, in any library.
+    "past the cache (8 x 768 x 1024)": (8, 768, 1024),
 }
 
 
@@ -27,7 +29,7 @@ def plain(x, y, gate, scale, shift):
     return x, plain_norm(x, scale, shift)
 
 
-@pytest.mark.parametrize("peer", ["arimg", "torch"])
+@pytest.mark.parametrize("peer", ["arimg", "torch", "torch clone"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm_modulate(shape, norm, peer, measure):
@@ -36,6 +38,7 @@ def test_norm_modulate(shape, norm, peer, measure):
     functions = {
         "arimg": lambda: ops.norm_modulate(x, scale, shift, norm=norm),
         "torch": lambda: (plain_rms if norm == "rms" else plain_norm)(x, scale, shift),
+        "torch clone": x.clone,
     }
     assert torch.allclose(functions["arimg"](), functions["torch"](), atol=1e-4)
     # x is read, the normed rows are written.

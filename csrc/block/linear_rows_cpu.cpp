@@ -158,6 +158,19 @@ static ARIMG_INLINE void add_block(F32 (&sum)[R][M], const Pairs<T>* const (&w)[
 }
 #endif
 
+// Asks for the block at input i of the next tile's rows, for the second-level cache: by the time they are
+// needed they are there. The hardware alone starts a row anew at its begin.
+template <typename T, int R>
+static ARIMG_INLINE void prefetch_block(const T* const (&w)[R], int64_t to_next_tile, int64_t i) {
+  constexpr int64_t bytes = BLOCK * Storage<T>::bits / 8, line = 64;
+  const int64_t begin = i * Storage<T>::bits / 8;
+  if (bytes < line && begin % line != 0) return;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    for (int64_t byte = 0; byte < bytes; byte += line)
+      __builtin_prefetch((const char*)w[r] + to_next_tile + begin + byte, 0, 2);
+}
+
 // Sums of outputs [o, o + R) for rows [0, M) of x into out[m * PANEL + r].
 template <typename T, int R, int M>
 static void dot_tile(const LinearRows& p, const LinearRows::Weight& weight, const float* x, int64_t o,
@@ -175,8 +188,10 @@ static void dot_tile(const LinearRows& p, const LinearRows::Weight& weight, cons
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) sum[r][m] = F32(0.f);
     int64_t end = g + 1 < groups ? (g + 1) * p.group : whole;
-    for (int64_t i = g * p.group; i < end; i += BLOCK)
+    for (int64_t i = g * p.group; i < end; i += BLOCK) {
       add_block(sum, w, i, (const float*)((const In*)x + i), stride);
+      prefetch_block<T>(w, R * weight.row_bytes, i);
+    }
     if (!Storage<T>::scaled && whole < p.in) {
       // The rest of the rows, through a copy: nothing beyond them is read.
       constexpr int64_t bytes = BLOCK * Storage<T>::bits / 8;
