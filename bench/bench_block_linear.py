@@ -86,6 +86,7 @@ def test_gated_pair(peer: str, measure: Callable[..., float]) -> None:
         OURS: lambda: ops.gated_linear_rows(x, gate, up),
         "torch ops": lambda: F.silu(F.linear(x, gate)) * F.linear(x, up),
     }
-    assert (functions[OURS]() - functions["torch ops"]()).abs().max() < 6e-2
+    ours, theirs = functions[OURS](), functions["torch ops"]()
+    assert ((ours - theirs).abs() <= 3e-2 * (1 + theirs.abs())).all()  # torch rounds both products
     group = f"SwiGLU pair, 2 rows, bf16 weights 2 x {OUT // 2} x {IN} ({weight.nbytes / 1e6:.0f} MB)"
     measure(group, peer, functions[peer], bytes=weight.nbytes, rounds=12, ceiling="read")
