@@ -10,7 +10,8 @@ from torch import Tensor
 
 from arimg import reference
 from arimg.ops._common import FLOATING, expect_floating, expect_like, fake, kernels
-from arimg.ops.attention import cached_attention, row_interval_attention
+from arimg.ops.attention import row_interval_attention
+from arimg.ops.attention_cached import cached_attention
 
 __all__ = ["gated_linear_attention"]
 
