@@ -76,3 +76,18 @@ def test_gated_residual_norm(shape, peer, measure):
     # x and y are read, the sum and the normed rows are written.
     group = f"gated residual + norm + modulate, {shape}"
     measure(group, peer, lambda: function(*arguments), bytes=4 * x.nbytes)
+
+
+@pytest.mark.parametrize("peer", ["arimg", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gelu(dtype, peer, measure):
+    """The MLP of VAR d16 at its last scale with guidance: 512 rows of 4096."""
+    x = torch.randn(512, 4096).to(dtype)
+    ours, theirs = ops.activate(x, "gelu_tanh"), F.gelu(x, approximate="tanh")
+    assert torch.allclose(ours, theirs, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    functions = {
+        "arimg": lambda: ops.activate(x, "gelu_tanh"),
+        "torch": lambda: F.gelu(x, approximate="tanh"),
+    }
+    group = f"GELU (tanh form), 512 x 4096, {str(dtype).removeprefix('torch.')}"
+    measure(group, peer, functions[peer], bytes=2 * x.nbytes)

@@ -4,8 +4,7 @@
 // what one does (rows beyond 8 take a second product with the same weights). Which input stands for which k
 // is free, as long as A and B agree: a lane takes WORDS consecutive words of its two rows of weights, in
 // fours. 32-bit x: multiply-adds in fp32, four outputs per warp, lanes along the inputs.
-#include "block/linear_rows.h"
-#include "core/cuda.h"
+#include "block/activation_cuda.h"
 #include "core/mma.h"
 
 namespace arimg {
@@ -31,21 +30,6 @@ constexpr bool scaled = bits_of<TW> <= 8;
 template <typename TW>
 __device__ __forceinline__ int64_t stored_inputs(const LinearRows& p) {
   return scaled<TW> ? whole_blocks(p.in) : p.in;
-}
-
-__device__ __forceinline__ float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::gelu:
-      return x * 0.5f * erfcf(x * -0.707106781f);
-    case Activation::gelu_tanh:
-      return x / (1.f + expf(-x * __fmaf_rn(x * x, 0.0713548163f, 1.59576912f)));
-    case Activation::silu:
-      return x / (1.f + expf(-x));
-    case Activation::relu:
-      return x < 0.f ? 0.f : x;
-    default:
-      return x;
-  }
 }
 
 template <typename T>

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg import ops
@@ -74,7 +73,7 @@ class FeedForward(nn.Module):
         self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(ops.activate(self.fc1(x), "gelu_tanh"))
 
 
 class AdaLNBlock(nn.Module):

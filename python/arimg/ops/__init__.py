@@ -6,7 +6,13 @@ from arimg.ops.attention_linear import gated_linear_attention
 from arimg.ops.attention_ssd import causal_conv1d, ssd_scan
 from arimg.ops.block import gated_residual, gated_residual_norm, norm_modulate
 from arimg.ops.block_conv import conv3x3, group_norm_affine
-from arimg.ops.block_linear import dequantize_weight, gated_linear_rows, linear_rows, quantize_weight
+from arimg.ops.block_linear import (
+    activate,
+    dequantize_weight,
+    gated_linear_rows,
+    linear_rows,
+    quantize_weight,
+)
 from arimg.ops.kv_cache import Rope, append_, append_qk_norm_, read_cache
 from arimg.ops.pyramid import accumulate_, encode, encode_bands, encode_parts, features
 from arimg.ops.pyramid_bands import band_masks, frequency_bands
@@ -49,6 +55,7 @@ __all__ = [
     "Rope",
     "TilePlan",
     "accumulate_",
+    "activate",
     "append_",
     "append_qk_norm_",
     "area_down",

@@ -16,7 +16,7 @@ from arimg import reference
 from arimg.ops._common import FLOATING, expect_floating, expect_like, fake, kernels
 from arimg.reference.block_linear import ACTIVATIONS, BLOCK, QuantizedWeight
 
-__all__ = ["MAX_ROWS", "dequantize_weight", "gated_linear_rows", "linear_rows", "quantize_weight"]
+__all__ = ["MAX_ROWS", "activate", "dequantize_weight", "gated_linear_rows", "linear_rows", "quantize_weight"]
 
 MAX_ROWS = 16
 _NAMES = list(ACTIVATIONS)  # the order of the enum Activation in csrc/block/linear_rows.h
@@ -43,6 +43,30 @@ def quantize_weight(weight: Tensor, bits: int = 8, group: int | None = None) -> 
     return reference.quantize_weight(weight, bits, group)
 
 
+def activate(x: Tensor, activation: str | None, factor: Tensor | None = None) -> Tensor:
+    """activation(x) * factor, one pass: x and factor of one shape. Arithmetic is float32.
+
+    activation: None, "gelu", "gelu_tanh", "silu" or "relu". With a factor it is the gated pair of SwiGLU.
+    float64 runs the formula in torch. Raises ValueError or TypeError for shapes, dtypes or devices that do not
+    fit.
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.float64:
+        expect_floating("x", x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected an activation of {_NAMES}, got {activation!r}")
+    if factor is not None:
+        expect_like("factor", factor, "x", x)
+        if factor.shape != x.shape:
+            raise ValueError(f"expected factor {list(x.shape)}, got {list(factor.shape)}")
+    ops = None if x.dtype == torch.float64 else kernels(x, factor)
+    if ops is None:
+        return reference.activate(x, activation, factor)
+    out: Tensor = ops.activate(
+        x.contiguous(), None if factor is None else factor.contiguous(), _NAMES.index(activation)
+    )
+    return out
+
+
 def linear_rows(
     x: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -63,7 +87,11 @@ def linear_rows(
         if residual.shape != (*x.shape[:-1], outputs):
             raise ValueError(f"expected residual {[*x.shape[:-1], outputs]}, got {list(residual.shape)}")
     if _rows(x) > MAX_ROWS:
-        y = ACTIVATIONS[activation](_torch_product(x, weight, bias))
+        y = (
+            activate(_torch_product(x, weight, bias), activation)
+            if activation
+            else _torch_product(x, weight, bias)
+        )
         return y if residual is None else y + residual
     ops = kernels(x, *_tensors(weight), bias, residual)
     if ops is None:
@@ -87,7 +115,7 @@ def gated_linear_rows(
     if _check(x, activation, up=up, up_bias=up_bias) != outputs or not _alike(gate, up):
         raise ValueError(f"expected gate and up of one shape and storage, got {_text(gate)} and {_text(up)}")
     if _rows(x) > MAX_ROWS:
-        return ACTIVATIONS[activation](_torch_product(x, gate, gate_bias)) * _torch_product(x, up, up_bias)
+        return activate(_torch_product(x, gate, gate_bias), activation, _torch_product(x, up, up_bias))
     ops = kernels(x, *_tensors(gate), *_tensors(up), gate_bias, up_bias)
     if ops is None:
         return reference.gated_linear_rows(x, gate, up, gate_bias, up_bias, activation)
@@ -211,6 +239,11 @@ def _check_quantized(name: str, weight: QuantizedWeight) -> None:
     groups = -(-inputs // group)
     if scales.shape != (codes.shape[0], groups):
         raise ValueError(f"expected scales of {name} [{codes.shape[0]}, {groups}], got {list(scales.shape)}")
+
+
+@fake("activate")
+def _activate_fake(x: Tensor, factor: Tensor | None, activation: int) -> Tensor:
+    return torch.empty_like(x)
 
 
 @fake("linear_rows")

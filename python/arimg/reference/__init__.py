@@ -7,6 +7,7 @@ from arimg.reference.block import gated_residual, gated_residual_norm, norm_modu
 from arimg.reference.block_conv import conv3x3, group_norm_affine
 from arimg.reference.block_linear import (
     QuantizedWeight,
+    activate,
     dequantize_weight,
     gated_linear_rows,
     linear_rows,
@@ -58,6 +59,7 @@ __all__ = [
     "QuantizedWeight",
     "Rope",
     "accumulate_",
+    "activate",
     "append_",
     "append_qk_norm_",
     "area_down",

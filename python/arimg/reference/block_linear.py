@@ -24,6 +24,12 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activate(x: Tensor, activation: str | None, factor: Tensor | None = None) -> Tensor:
+    """activation(x) * factor, x and factor of one shape."""
+    y = ACTIVATIONS[activation](wide(x))
+    return (y if factor is None else y * wide(factor)).to(x.dtype)
+
+
 class QuantizedWeight(NamedTuple):
     """A weight [O, I] as codes times scales; made by `quantize_weight`."""
 
