@@ -26,10 +26,10 @@ class ResnetBlock(nn.Module):
     differ.
     """
 
-    def __init__(self, c_in: int, c_out: int, fast: bool = False) -> None:
+    def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), Conv3x3(c_in, c_out, fast)
-        self.norm2, self.conv2 = group_norm(c_out), Conv3x3(c_out, c_out, fast)
+        self.norm1, self.conv1 = group_norm(c_in), Conv3x3(c_in, c_out)
+        self.norm2, self.conv2 = group_norm(c_out), Conv3x3(c_out, c_out)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv3x3(channels, channels, fast=True)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return upsample_conv(self.conv, x)
@@ -81,11 +81,11 @@ class Level(nn.Module):
     """
 
     def __init__(
-        self, widths: Sequence[int], attention: bool, resample: tuple[str, nn.Module] | None, fast: bool
+        self, widths: Sequence[int], attention: bool, resample: tuple[str, nn.Module] | None
     ) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
-        self.block = nn.ModuleList(ResnetBlock(a, b, fast) for a, b in pairs)
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairs)
         self.attn = nn.ModuleList(AttentionBlock(b) for _, b in pairs) if attention else nn.ModuleList()
         self.resample = resample[0] if resample else None
         if resample:
@@ -102,11 +102,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Two residual blocks around one attention."""
 
-    def __init__(self, channels: int, fast: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, fast)
+        self.block_1 = ResnetBlock(channels, channels)
         self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, fast)
+        self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -124,7 +124,6 @@ class Encoder(nn.Module):
                 [widths[i - 1] if i else ch] + [width] * blocks,
                 attention=i == last,
                 resample=("downsample", Downsample(width)) if i < last else None,
-                fast=False,
             )
             for i, width in enumerate(widths)
         )
@@ -144,18 +143,17 @@ class Decoder(nn.Module):
     def __init__(self, ch: int, ch_mult: Sequence[int], blocks: int, z_channels: int) -> None:
         super().__init__()
         widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
-        self.conv_in = Conv3x3(z_channels, widths[-1], fast=True)
-        self.mid = Middle(widths[-1], fast=True)
+        self.conv_in = Conv3x3(z_channels, widths[-1])
+        self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(
             Level(
                 [widths[min(i + 1, last)]] + [width] * (blocks + 1),
                 attention=i == last,
                 resample=("upsample", Upsample(width)) if i else None,
-                fast=True,
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out, self.conv_out = group_norm(widths[0]), Conv3x3(widths[0], 3, fast=True)
+        self.norm_out, self.conv_out = group_norm(widths[0]), Conv3x3(widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))

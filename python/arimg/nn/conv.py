@@ -12,24 +12,21 @@ from arimg import _library, ops
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution of stride 1 and padding 1. fast: may take Winograd's form (errors of a few 1e-6)."""
+    """3x3 convolution of stride 1 and padding 1; where no gradient is wanted, in Winograd's form (errors of a
+    few 1e-6).
+    """
 
-    def __init__(self, c_in: int, c_out: int, fast: bool = False) -> None:
+    def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__(c_in, c_out, 3, padding=1)
-        self.fast = fast
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.conv3x3(_stored(x), self.weight, self.bias) if suits(self, x) else super().forward(x)
 
 
 def suits(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `ops.conv3x3` takes x and this 3x3 convolution (stride 1, padding 1), and is the faster way.
-
-    A `Conv3x3` that is not `fast` is left to torch.
-    """
+    """Whether `ops.conv3x3` takes x and this 3x3 convolution (stride 1, padding 1), and is the faster way."""
     return (
-        getattr(conv, "fast", True)
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dim() == 4
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled("cpu"))

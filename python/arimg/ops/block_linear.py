@@ -47,8 +47,8 @@ def activate(x: Tensor, activation: str | None, factor: Tensor | None = None) ->
     """activation(x) * factor, one pass: x and factor of one shape. Arithmetic is float32.
 
     activation: None, "gelu", "gelu_tanh", "silu" or "relu". With a factor it is the gated pair of SwiGLU.
-    float64 runs the formula in torch. Raises ValueError or TypeError for shapes, dtypes or devices that do not
-    fit.
+    float64 runs the formula in torch. Raises ValueError or TypeError for shapes, dtypes or devices that do
+    not fit.
     """
     if not isinstance(x, Tensor) or x.dtype != torch.float64:
         expect_floating("x", x)
