@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from arimg.generators.llamagen import LlamaGen
 from arimg.generators.var import VAR, Step
 from arimg.nn import checkpoint
 from arimg.nn.checkpoint import save
 from arimg.tokenizers import VQVAE
 
-__all__ = ["VAR", "Step", "load", "save"]
+__all__ = ["VAR", "LlamaGen", "Step", "load", "save"]
 
 
 def load(path: str | Path, tokenizer: VQVAE) -> VAR:

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arimg import ops
+from arimg.ops.block_linear import MAX_ROWS
+
 _FEW_ROWS = (
     8  # up to here a 16-bit product is bound by reading the weight, and its own type reads half as much
 )
@@ -35,3 +38,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return out.to(x.dtype)
     return F.linear(x, weight, bias)
+
+
+def narrow_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x weight^T (+ residual) in x's dtype, for a float32 x and a weight of any floating type.
+
+    Up to MAX_ROWS rows without gradients run at the speed of reading the weight (`ops.linear_rows`); others
+    are products of torch in the weight's type.
+    """
+    if _reads_weight(x, weight):
+        return ops.linear_rows(x, weight, residual=residual)
+    out = linear(x.to(weight.dtype), weight).to(x.dtype)
+    return out if residual is None else out + residual
+
+
+def narrow_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x gate^T) * (x up^T), as `narrow_linear`."""
+    if _reads_weight(x, gate, up):
+        return ops.gated_linear_rows(x, gate, up)
+    narrow = x.to(gate.dtype)
+    return (F.silu(linear(narrow, gate)) * linear(narrow, up)).to(x.dtype)
+
+
+def _reads_weight(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the product takes its time from reading the weight and the kernel for it may run."""
+    if x.numel() > MAX_ROWS * x.shape[-1] or torch.is_autocast_enabled(x.device.type):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)))

@@ -1,0 +1,292 @@
+"""LlamaGen: class-conditional pictures token by token, in raster order (arXiv 2406.06525)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arimg import ops
+from arimg.cache import KVCache
+from arimg.nn import checkpoint
+from arimg.nn.linear import narrow_linear, narrow_swiglu
+from arimg.nn.rope import rope_2d
+from arimg.reference.kv_cache import Rope, rotate
+from arimg.reference.sampling import row_seeds
+
+# (layer, qkv [B, L, Hq + 2 Hkv, D]) -> attention output [B, Hq, L, D]
+Attend = Callable[[int, Tensor], Tensor]
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.wqkv = nn.Linear(width, (heads + 2 * kv_heads) * (width // heads), bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int) -> None:
+        super().__init__()
+        self.attention = _Attention(width, heads, kv_heads)
+        self.feed_forward = _FeedForward(width, hidden)
+        self.attention_norm = nn.RMSNorm(width)
+        self.ffn_norm = nn.RMSNorm(width)
+
+
+class _LabelEmbedding(nn.Module):
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+
+class LlamaGen(nn.Module):
+    """Class-conditional next-token generator over a square grid of tokens: a Llama with 2-D RoPE.
+
+    Parameter names are those of the released `c2i_*.pt`. The class is one token in front of the picture;
+    label -1 (or num_classes) is "no class". Queries and keys of the class token are zero, as released: only
+    its value counts. kv_heads defaults to heads, hidden to the released multiple of 256 above 8/3 width.
+    dropout (of embeddings and of both branches) and class_dropout act in training.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        num_classes: int = 1000,
+        depth: int = 12,
+        width: int = 768,
+        heads: int = 12,
+        *,
+        kv_heads: int | None = None,
+        hidden: int | None = None,
+        grid: int = 16,
+        rope_base: float = 10000.0,
+        eps: float = 1e-5,
+        dropout: float = 0.1,
+        class_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if width % heads or (width // heads) % 4:
+            raise ValueError(f"expected a width that {heads} heads divide into multiples of 4, got {width}")
+        if heads % kv_heads:
+            raise ValueError(f"expected kv_heads that divide {heads}, got {kv_heads}")
+        self.vocab_size, self.num_classes, self.depth, self.width = vocab_size, num_classes, depth, width
+        self.heads, self.kv_heads, self.grid, self.rope_base, self.eps = heads, kv_heads, grid, rope_base, eps
+        self.hidden = hidden or -(-(8 * width // 3) // 256) * 256
+        self.dropout, self.class_dropout = dropout, class_dropout
+
+        self.cls_embedding = _LabelEmbedding(num_classes + 1, width)
+        self.tok_embeddings = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(_Layer(width, heads, kv_heads, self.hidden) for _ in range(depth))
+        self.norm = nn.RMSNorm(width)
+        self.output = nn.Linear(width, vocab_size, bias=False)
+        self._initialise()
+
+    @property
+    def length(self) -> int:
+        """Tokens of a picture."""
+        return self.grid * self.grid
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """The released recipe: normal of std 0.02, the head at zero."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear | nn.Embedding):
+                nn.init.normal_(m.weight, std=0.02)
+        self.output.weight.zero_()
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments, as JSON values."""
+        names = ("vocab_size", "num_classes", "depth", "width", "heads", "kv_heads", "hidden", "grid")
+        return {n: getattr(self, n) for n in (*names, "rope_base", "eps", "dropout", "class_dropout")}
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], *, heads: int | None = None, **options: Any
+    ) -> "LlamaGen":
+        """Build the model of a state dict, in evaluation mode and the weights' type; sizes are read off them.
+
+        heads is needed where they are not 64 wide. grid is not in the weights: 16 (256 px) unless given; 24
+        for the released models of 384 px.
+        """
+        vocab, width = checkpoint.tensor_of(state, "tok_embeddings.weight", 2, "LlamaGen").shape
+        classes = len(checkpoint.tensor_of(state, "cls_embedding.embedding_table.weight", 2, "LlamaGen"))
+        rows = len(checkpoint.tensor_of(state, "layers.0.attention.wqkv.weight", 2, "LlamaGen"))
+        hidden = len(checkpoint.tensor_of(state, "layers.0.feed_forward.w1.weight", 2, "LlamaGen"))
+        heads = heads or width // 64
+        kv_heads = (rows * heads // width - heads) // 2
+        depth = checkpoint.count(state, "layers.")
+        with torch.device("meta"):
+            model = cls(vocab, classes - 1, depth, width, heads, kv_heads=kv_heads, hidden=hidden, **options)
+        model = model.to(state["tok_embeddings.weight"].dtype).to_empty(device="cpu").eval()
+        checkpoint.load_checked(model, state, "LlamaGen")
+        return model
+
+    def rope(self) -> Rope:
+        """Rotations of the class token (to zero) and of the grid."""
+        head_dim, device = self.width // self.heads, self.tok_embeddings.weight.device
+        return rope_2d(self.grid, self.grid, head_dim, self.rope_base, prefix=1, device=device)
+
+    def labels(self, labels: int | Sequence[int] | Tensor) -> Tensor:
+        """Check class labels and put "no class" (-1) at num_classes: int64 [B] on the model's device."""
+        out = torch.as_tensor(labels, device=self.tok_embeddings.weight.device)
+        if out.is_floating_point() or out.is_complex() or out.dtype == torch.bool:
+            raise TypeError(f"expected integer labels, got {out.dtype}")
+        out = out.long().reshape(1) if out.dim() == 0 else out.long()
+        if out.dim() != 1 or not len(out):
+            raise ValueError(f"expected labels [B] with B > 0, got shape {list(out.shape)}")
+        wrong = (out < -1) | (out > self.num_classes)
+        if wrong.any():
+            raise ValueError(
+                f"expected labels from 0 to {self.num_classes - 1}, or -1 for no class, "
+                f"got {out[wrong][0].item()}"
+            )
+        return torch.where(out < 0, self.num_classes, out)
+
+    def forward(self, labels: Tensor, indices: Tensor) -> Tensor:
+        """Teacher forcing: labels [B], the first n tokens [B, n] -> logits of tokens 0..n, [B, n + 1, V].
+
+        n < length. In training a label becomes "no class" with probability `class_dropout`.
+        """
+        labels = self.labels(labels)
+        if indices.dim() != 2 or len(indices) != len(labels) or indices.shape[1] >= self.length:
+            raise ValueError(
+                f"expected indices [{len(labels)}, n < {self.length}], got {list(indices.shape)}"
+            )
+        if self.training and self.class_dropout > 0:
+            dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
+            labels = torch.where(dropped, self.num_classes, labels)
+        table, rope = self.cls_embedding.embedding_table, self.rope()
+        h = torch.cat((table(labels)[:, None], self.tok_embeddings(indices)), dim=1)
+        tokens = h.shape[1]
+        at = torch.arange(tokens, device=h.device)[None]
+        seen = ops.causal_intervals(tokens, device=h.device)
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            parts = qkv.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            q, k = (rotate(t, rope, at).to(qkv.dtype) for t in parts[:2])
+            out: Tensor = ops.row_interval_attention(q, k, parts[2], *seen)
+            return out
+
+        return Decoder(self).run(h, attend, self.dropout if self.training else 0.0)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: int | Sequence[int] | Tensor,
+        *,
+        cfg: float = 4.0,
+        cfg_interval: int = -1,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        seed: int | Tensor = 0,
+        tokens: int | None = None,
+    ) -> Tensor:
+        """Tokens of pictures of the given classes: labels [B] -> int64 [B, T], in raster order.
+
+        cfg: strength s of the guidance u + s (c - u), of every token, or with cfg_interval n >= 0 of the
+        first n + 2 alone; 1 or less is none. top_k = 0 and top_p = 1 switch the filters off. seed: an int s
+        (row r draws with s + r) or int64 [B]. tokens: only the first T of them.
+        """
+        wanted, total = self.labels(labels), self.length if tokens is None else tokens
+        if not 0 < total <= self.length:
+            raise ValueError(f"expected tokens from 1 to {self.length}, got {total}")
+        batch, guided = len(wanted), cfg > 1
+        rows = torch.cat((wanted, torch.full_like(wanted, self.num_classes))) if guided else wanted
+        seeds = row_seeds(seed, batch, wanted.device)
+        h = self.cls_embedding.embedding_table(rows)[:, None]
+        decoder, rope = Decoder(self), self.rope()
+        caches = [
+            KVCache(len(rows), self.kv_heads, total, self.width // self.heads, h.dtype, h.device)
+            for _ in self.layers
+        ]
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            q = caches[i].append(qkv, rope=rope)
+            return ops.cached_attention(q, caches[i].k, caches[i].v, caches[i].length)
+
+        out = torch.empty(batch, total, dtype=torch.int64, device=wanted.device)
+        for t in range(total):
+            if guided and cfg_interval >= 0 and t == cfg_interval + 2:  # the conditional rows go on alone
+                guided = False
+                h, caches = h[:batch], [cache.fork(range(batch)) for cache in caches]
+            out[:, t] = ops.sample(
+                decoder.run(h, attend)[:, -1], seed=seeds, position=t, temperature=temperature, top_k=top_k,
+                top_p=top_p, guidance=cfg if guided else None,
+            )  # fmt: skip
+            h = self.tok_embeddings(out[:, t : t + 1])
+            h = h.repeat(2, 1, 1) if guided else h
+        return out
+
+
+class _Weights(NamedTuple):
+    """What one layer multiplies by; norms as 1 + scale."""
+
+    norm1: Tensor
+    wqkv: Tensor
+    wo: Tensor
+    norm2: Tensor
+    w1: Tensor
+    w3: Tensor
+    w2: Tensor
+
+
+class Decoder:
+    """The layers of a model as a chain of operations, with its weights as they are now.
+
+    Activations between the products are float32 whatever the weights' type; queries, keys and values have
+    the input's.
+    """
+
+    def __init__(self, model: LlamaGen) -> None:
+        self.head_dim, self.eps = model.width // model.heads, model.eps
+        self.layers = [_weights(cast(_Layer, layer)) for layer in model.layers]
+        self.norm, self.output = _scale(model.norm), model.output.weight
+        self.shift = torch.zeros_like(self.norm)
+
+    def run(self, x: Tensor, attend: Attend, dropout: float = 0.0) -> Tensor:
+        """x [B, L, C] -> logits [B, L, V], float32."""
+        h = _drop(x.float(), dropout)
+        for i, w in enumerate(self.layers):
+            n = ops.norm_modulate(h, w.norm1, self.shift, eps=self.eps, norm="rms")
+            qkv = narrow_linear(n, w.wqkv).unflatten(-1, (-1, self.head_dim)).to(x.dtype)
+            a = attend(i, qkv).transpose(1, 2).flatten(2).float()
+            h = _add(h, a, w.wo, dropout)
+            n = ops.norm_modulate(h, w.norm2, self.shift, eps=self.eps, norm="rms")
+            h = _add(h, narrow_swiglu(n, w.w1, w.w3), w.w2, dropout)
+        n = ops.norm_modulate(h, self.norm, self.shift, eps=self.eps, norm="rms")
+        return narrow_linear(n, self.output)
+
+
+def _weights(layer: _Layer) -> _Weights:
+    attention, ffn = layer.attention, layer.feed_forward
+    return _Weights(
+        _scale(layer.attention_norm), attention.wqkv.weight, attention.wo.weight,
+        _scale(layer.ffn_norm), ffn.w1.weight, ffn.w3.weight, ffn.w2.weight,
+    )  # fmt: skip
+
+
+def _scale(norm: nn.RMSNorm) -> Tensor:
+    return (norm.weight.float() - 1)[None, None]
+
+
+def _drop(x: Tensor, rate: float) -> Tensor:
+    return F.dropout(x, rate) if rate else x
+
+
+def _add(h: Tensor, x: Tensor, weight: Tensor, dropout: float) -> Tensor:
+    """h + x weight^T, the end of a branch."""
+    if not dropout:
+        return narrow_linear(x, weight, h)
+    return h + _drop(narrow_linear(x, weight), dropout)
