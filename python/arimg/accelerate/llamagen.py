@@ -1,0 +1,158 @@
+"""The released LlamaGen code (arXiv 2406.06525): the class-conditional transformer behind its `generate`."""
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from arimg import ops
+from arimg.accelerate.report import Report
+from arimg.accelerate.swap import Mixin
+from arimg.accelerate.view import view_of
+from arimg.generators.llamagen import Decoder, LlamaGen
+from arimg.reference.kv_cache import Rope
+
+_GENERATOR = {"cls_embedding", "tok_embeddings", "layers", "norm", "output"}
+
+
+class _Plan(NamedTuple):
+    """What the steps of a generation share; made anew at the first step of each."""
+
+    decoder: Decoder
+    rope: Rope
+
+
+_plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+
+
+def _view(module: Any) -> LlamaGen:
+    """Ours for a Transformer, without its weights."""
+    first, table = module.layers[0].attention, module.cls_embedding.embedding_table
+    epsilons = {n.eps for layer in module.layers for n in (layer.attention_norm, layer.ffn_norm)}
+    if epsilons != {module.norm.eps}:
+        raise ValueError(f"expected one epsilon of all norms, got {sorted(epsilons | {module.norm.eps})}")
+    return LlamaGen(
+        module.tok_embeddings.num_embeddings,
+        len(table.weight) - 1,
+        len(module.layers),
+        module.tok_embeddings.embedding_dim,
+        first.n_head,
+        kv_heads=first.n_kv_head,
+        hidden=module.layers[0].feed_forward.w1.out_features,
+        eps=module.norm.eps,
+    )
+
+
+class _Generator(Mixin):
+    """One token for each row of a batch, from the caches that the original code allocated."""
+
+    weights_dtype: torch.dtype | None
+
+    def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
+        module: Any = self
+        super().setup_caches(max_batch_size, max_seq_length, dtype)  # type: ignore[misc]
+        module.causal_mask._arimg_version = _version(module.causal_mask)
+        _plans.pop(module, None)
+
+    def forward(
+        self,
+        idx: Tensor | None,
+        cond_idx: Tensor | None,
+        input_pos: Tensor | None = None,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        module: Any = self
+        others = targets is not None or mask is not None or valid is not None
+        if others or input_pos is None or not _is_step(module, idx, cond_idx, input_pos):
+            return super().forward(idx, cond_idx, input_pos, targets, mask, valid)  # type: ignore[misc, no-any-return]
+        x = module.tok_embeddings(idx) if cond_idx is None else module.cls_embedding(cond_idx, train=False)
+        plan = _plans.get(module) if cond_idx is None else None
+        plan = plan or _new_plan(module)
+        caches = [layer.attention.kv_cache for layer in module.layers]
+        if not _fits(x, caches[0].k_cache, plan):
+            return super().forward(idx, cond_idx, input_pos)  # type: ignore[misc, no-any-return]
+        start, positions, length = _place(input_pos, len(x))
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            k, v = caches[i].k_cache, caches[i].v_cache
+            q = ops.append_(k, v, qkv, start, positions=positions, rope=plan.rope)
+            return ops.cached_attention(q, k, v, length)
+
+        return plan.decoder.run(x, attend), None
+
+
+def _is_step(module: Any, idx: Tensor | None, cond_idx: Tensor | None, input_pos: Tensor) -> bool:
+    """Whether this is one token for each row, on caches that are there, with the mask as it was set up."""
+    given = cond_idx if idx is None else idx
+    if given is None or (idx is not None and cond_idx is not None) or input_pos.numel() != 1:
+        return False
+    if module.training or torch.compiler.is_compiling() or torch.is_autocast_enabled(given.device.type):
+        return False
+    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+        return False
+    mask = getattr(module, "causal_mask", None)
+    return mask is not None and getattr(mask, "_arimg_version", None) == _version(mask)
+
+
+def _place(input_pos: Tensor, batch: int) -> tuple[int, Tensor | None, int | Tensor]:
+    """Start and positions for `append_`, and the length then; nothing waits for a GPU."""
+    if input_pos.device.type == "cpu":
+        at = int(input_pos)
+        return at, None, at + 1
+    return 0, input_pos.int().view(1, 1), (input_pos + 1).int().expand(batch)
+
+
+def _version(t: Tensor) -> int:
+    """Counts the changes of a tensor in place; an inference tensor has no such count."""
+    return 0 if t.is_inference() else t._version
+
+
+def _new_plan(module: Any) -> _Plan:
+    dtype = module.weights_dtype if module.output.weight.dtype == torch.float32 else None
+    view, table = view_of(module, _view, dtype), module.freqs_cis
+    plan = _Plan(Decoder(view), Rope(table[..., 0].contiguous(), table[..., 1].contiguous()))
+    _plans[module] = plan
+    return plan
+
+
+def _fits(x: Tensor, k_cache: Tensor, plan: _Plan) -> bool:
+    layer = plan.decoder.layers[0]
+    heads = (len(layer.wqkv) - len(layer.wo)) // plan.decoder.head_dim // 2
+    return (
+        x.dim() == 3
+        and x.shape[1] == 1
+        and k_cache.shape[:2] == (len(x), heads)
+        and k_cache.dtype == x.dtype
+        and k_cache.device == x.device == layer.wqkv.device == plan.rope.cos.device
+    )
+
+
+def recognise_llamagen(report: Report, path: str, module: nn.Module) -> bool:
+    children = {name for name, _ in module.named_children()}
+    if not (children >= _GENERATOR and hasattr(module, "setup_caches") and hasattr(module, "freqs_cis")):
+        return False
+    reason = _unsuited(module)
+    if reason:
+        report.keep(module, path, reason)
+    else:
+        note = "steps of one token: fused norms, products at the speed of reading their weights"
+        report.swap(module, _Generator, path, note, weights_dtype=report.dtype)
+        if report.dtype is not None:
+            size = torch.finfo(report.dtype).bits // 8
+            report.memory += size * sum(p.numel() for p in module.parameters())
+    return True
+
+
+def _unsuited(module: Any) -> str:
+    """Why our composition does not fit the module, or nothing."""
+    if getattr(module, "model_type", "c2i") != "c2i":
+        return f"expected the class-conditional model (c2i), got {module.model_type}"
+    try:
+        view = view_of(module, _view)
+    except (ValueError, AttributeError, TypeError, IndexError) as error:
+        return str(error)
+    extra = dict(module.named_parameters()).keys() - dict(view.named_parameters()).keys()
+    return f"unknown parameters {', '.join(sorted(extra)[:3])}" if extra else ""
