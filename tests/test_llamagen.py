@@ -4,6 +4,9 @@ determinism, guidance, error messages.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,3 +240,13 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_what_does_not_fit_is_named(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call(model())
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs/drop-in.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "import LlamaGen" in b]
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": LlamaGen(depth=1, width=128, heads=2).state_dict()}, "c2i_B_256.pt")
+    names: dict[str, Tensor] = {}
+    exec(block, names)
+    assert names["tokens"].shape == (2, 256)
