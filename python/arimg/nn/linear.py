@@ -57,7 +57,7 @@ def narrow_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     if _reads_weight(x, gate, up):
         return ops.gated_linear_rows(x, gate, up)
     narrow = x.to(gate.dtype)
-    return (F.silu(linear(narrow, gate)) * linear(narrow, up)).to(x.dtype)
+    return ops.activate(linear(narrow, gate), "silu", linear(narrow, up)).to(x.dtype)
 
 
 def _reads_weight(x: Tensor, *weights: Tensor) -> bool:
