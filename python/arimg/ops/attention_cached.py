@@ -41,7 +41,9 @@ def cached_attention(
     `causal_intervals` for earlier ones alone). scale defaults to 1 / sqrt(D); head_scale float32 [H]
     multiplies the scores of each head. Returns [B, H, Lq, D], zero where nothing is seen, laid out in memory
     as [B, Lq, H, D], so that `.transpose(1, 2).flatten(2)` is free. With a gradient asked for, the reference
-    runs. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    runs. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, and for lengths and
+    pages outside the cache where they are on the CPU; on a GPU, where looking would mean waiting, lengths are
+    cut to the capacity and pages are trusted.
     """
     new = (k_new, v_new, new_intervals)
     ops = None if torch.compiler.is_compiling() else kernels(q, k_cache, v_cache, k_new, v_new, head_scale)
@@ -90,6 +92,7 @@ def _check_all(
     _check(q, k_cache=k_cache, v_cache=v_cache)
     capacity = _check_cache(q, k_cache, v_cache, page_table)
     _check_length(q, length, capacity)
+    _check_values(k_cache, length, page_table, capacity)
     _check_new(q, k_cache, *new)
     _check_head_scale(head_scale, q)
 
@@ -139,6 +142,24 @@ def _check_length(q: Tensor, length: int | Tensor, capacity: int) -> None:
         raise ValueError(
             f"expected lengths [{q.shape[0]}] on {q.device}, got {list(length.shape)} on {length.device}"
         )
+
+
+def _check_values(k_cache: Tensor, length: int | Tensor, page_table: Tensor | None, capacity: int) -> None:
+    """Lengths and pages on the host; on a device that would wait for it, and in a graph there are none."""
+    given = [t for t in (length, page_table) if isinstance(t, Tensor)]
+    if torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in given):
+        return
+    if isinstance(length, Tensor):
+        for n in length.tolist():
+            if not 0 <= n <= capacity:
+                raise ValueError(f"expected lengths of 0..{capacity}, got {n}")
+    if page_table is None:
+        return
+    lengths = length.tolist() if isinstance(length, Tensor) else [length] * len(page_table)
+    for row, n in zip(page_table.tolist(), lengths):
+        for page in row[: -(-n // k_cache.shape[2]) if n else 0]:
+            if not 0 <= page < k_cache.shape[0]:
+                raise ValueError(f"expected pages of 0..{k_cache.shape[0] - 1} for all keys, got {page}")
 
 
 def _check_new(
