@@ -4,13 +4,15 @@
 // Batch entry b has lengths[b] cached keys. Contiguous: k and v [batch, kv_heads, capacity, dim]. Paged: k
 // and v [pages, kv_heads, page_size, dim], and key n of entry b is key n % page_size of page page_table[b, n
 // / page_size]. Every query sees all cached keys and, of the fresh ones, its interval (all without
-// intervals). Nothing beyond a length is read.
+// intervals). Nothing beyond a length is read. One-byte caches (kv_cache/codes.h) are multiplied out on the
+// way; fresh keys are always in q's dtype.
 //
 // Few queries are split over keys in parts of fixed size, whose sums are then combined in order: a result
 // depends neither on the other batch entries nor on the machine.
 #pragma once
 
 #include "attention/contract.h"
+#include "kv_cache/contract.h"
 
 namespace arimg {
 
@@ -22,6 +24,8 @@ struct Cache {
   const void *k_new, *v_new;  // [batch, kv_heads, fresh, dim]
   int64_t fresh;
   AttentionStrides k_new_stride, v_new_stride;
+  Storage storage;
+  const float *k_scale, *v_scale;  // [batch or pages, kv_heads, page_size], of one-byte storage
 };
 
 struct CachedAttention {

@@ -19,20 +19,42 @@ struct RowPlace {
   }
 };
 
+// What is stored as T: the cached keys, the fresh ones, or both.
 template <typename T>
 static Cells<T> cache_cells(const CachedAttention& c, int64_t batch, int64_t kv_head, const void* cached,
-                            const AttentionStrides& s, const void* fresh, const AttentionStrides& f,
-                            int64_t old) {
-  const T* base = (const T*)cached + kv_head * s.head;
-  const T* next = fresh ? (const T*)fresh + batch * f.batch + kv_head * f.head : nullptr;
-  if (c.cache.page_table != nullptr)
-    return {base,  s.row, c.cache.page_table + batch * c.cache.max_pages, c.cache.page_size, s.batch, next,
-            f.row, old};
-  return {base + batch * s.batch, s.row, nullptr, 1, 0, next, f.row, old};
+                            const AttentionStrides& s, const float* scale, const void* fresh,
+                            const AttentionStrides& f, int64_t old) {
+  const bool paged = c.cache.page_table != nullptr;
+  const int64_t first = paged ? 0 : batch, scale_stride = c.rows.kv_heads * c.cache.page_size;
+  Cells<T> cells{};
+  cells.data = (const T*)cached + first * s.batch + kv_head * s.head;
+  cells.stride = s.row;
+  cells.page_size = 1;
+  if (paged) {
+    cells.page = c.cache.page_table + batch * c.cache.max_pages;
+    cells.page_size = c.cache.page_size;
+    cells.page_stride = s.batch;
+  }
+  if (!is_code<T> && fresh) cells.fresh = (const T*)fresh + batch * f.batch + kv_head * f.head;
+  cells.fresh_stride = f.row;
+  cells.old = old;
+  if (is_code<T>) cells.scale = scale + first * scale_stride + kv_head * c.cache.page_size;
+  cells.scale_stride = scale_stride;
+  return cells;
+}
+template <typename T>
+static Cells<T> key_cells(const CachedAttention& c, int64_t batch, int64_t kv_head, int64_t old) {
+  return cache_cells<T>(c, batch, kv_head, c.rows.k, c.rows.k_stride, c.cache.k_scale, c.cache.k_new,
+                        c.cache.k_new_stride, old);
+}
+template <typename T>
+static Cells<T> value_cells(const CachedAttention& c, int64_t batch, int64_t kv_head, int64_t old) {
+  return cache_cells<T>(c, batch, kv_head, c.rows.v, c.rows.v_stride, c.cache.v_scale, c.cache.v_new,
+                        c.cache.v_new_stride, old);
 }
 
-template <typename T>
-static void store_partial(const CachedAttention& c, const Tile<T>& t, int64_t r, const RowPlace& place,
+template <typename S>
+static void store_partial(const CachedAttention& c, const Tile<S>& t, int64_t r, const RowPlace& place,
                           int64_t part) {
   const Attention& p = c.rows;
   float* to =
@@ -43,7 +65,8 @@ static void store_partial(const CachedAttention& c, const Tile<T>& t, int64_t r,
   to[p.dim + 1] = t.weight[r];
 }
 
-template <typename T>
+// T: of queries, results and fresh keys; S: of the cache.
+template <typename T, typename S>
 static void cached_unit(const CachedAttention& c, int64_t number, float* scratch) {
   const Attention& p = c.rows;
   const int64_t part = number % c.parts, tiles = cached_tiles(c), tile = number / c.parts % tiles;
@@ -59,17 +82,27 @@ static void cached_unit(const CachedAttention& c, int64_t number, float* scratch
   visible.shift = old;
   visible.keys = old + c.cache.fresh;
   visible.sinks = old;
-  Tile<T> t(cache_cells<T>(c, batch, kv_head, p.k, p.k_stride, c.cache.k_new, c.cache.k_new_stride, old),
-            cache_cells<T>(c, batch, kv_head, p.v, p.v_stride, c.cache.v_new, c.cache.v_new_stride, old),
-            visible, last - first, first, p.queries, p.dim, scratch);
-  t.far = 2 * p.batch * p.kv_heads * p.keys * p.dim * int64_t(sizeof(T)) > kFarBytes;
+  Tile<S> t(key_cells<S>(c, batch, kv_head, old), value_cells<S>(c, batch, kv_head, old), visible,
+            last - first, first, p.queries, p.dim, scratch);
+  t.far = 2 * p.batch * p.kv_heads * p.keys * p.dim * int64_t(sizeof(S)) > kFarBytes;
   for (int64_t r = 0; r < t.rows; ++r) {
     RowPlace place(p, batch, kv_head, first + r);
     const float factor = p.scale * (p.head_scale ? p.head_scale[place.head] : 1.f);
     load_row(place.at<const T>(p.q, p.q_stride), t.dim, t.padded, factor, t.queries + r * t.padded);
   }
-  int64_t end = c.parts > 1 ? (part + 1) * c.part_keys : visible.keys;
-  attend_tile(t, part * c.part_keys, end < visible.keys ? end : visible.keys);
+  const int64_t begin = part * c.part_keys;
+  int64_t end = c.parts > 1 ? begin + c.part_keys : visible.keys;
+  if (end > visible.keys) end = visible.keys;
+  if constexpr (is_code<S>) {
+    t.visible = {nullptr, nullptr, 0, old, old, kNoKey};
+    attend_tile(t, begin, end < old ? end : old);
+    if (end > old)
+      attend_tile(
+          Tile<T>(t, key_cells<T>(c, batch, kv_head, old), value_cells<T>(c, batch, kv_head, old), visible),
+          begin > old ? begin : old, end);
+  } else {
+    attend_tile(t, begin, end);
+  }
   for (int64_t r = 0; r < t.rows; ++r) {
     RowPlace place(p, batch, kv_head, first + r);
     if (c.parts > 1)
@@ -81,7 +114,17 @@ static void cached_unit(const CachedAttention& c, int64_t number, float* scratch
 
 void cached_attention(const CachedAttention& c, int64_t begin, int64_t end, float* scratch) {
   with_dtype(c.rows.dtype, [&](auto t) {
-    for (int64_t number = begin; number < end; ++number) cached_unit<decltype(t)>(c, number, scratch);
+    using T = decltype(t);
+    for (int64_t number = begin; number < end; ++number) switch (c.cache.storage) {
+        case Storage::int8:
+          cached_unit<T, Int8Code>(c, number, scratch);
+          break;
+        case Storage::fp8:
+          cached_unit<T, Fp8Code>(c, number, scratch);
+          break;
+        default:
+          cached_unit<T, T>(c, number, scratch);
+      }
   });
 }
 

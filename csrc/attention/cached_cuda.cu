@@ -1,8 +1,9 @@
 // See cached.h. Few rows: a block takes one part of the keys of one head and up to 8 rows, with ordinary
 // multiply-adds, as reading the keys takes the time; a second launch combines the parts. More rows: the tiles
-// of attention_*_cuda.cu.
+// of attention_*_cuda.cu, which do not read one-byte caches.
 #include "attention/rows.h"
 #include "core/chunk.h"
+#include "kv_cache/load_codes.h"
 
 namespace arimg {
 namespace {
@@ -23,6 +24,20 @@ struct Piece {
         group(warp_in_block() * (32 / lanes) + lane_in_warp() / lanes),
         groups(warps * (32 / lanes)) {}
   __device__ __forceinline__ int channel(int i) const { return (i * lanes + lane) * width; }
+  __device__ __forceinline__ void load_codes(float (&to)[chunks][width], const uint8_t* row, float scale,
+                                             Storage storage, int dim, bool aligned) const {
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) {
+      if (channel(i) >= dim) {
+#pragma unroll
+        for (int j = 0; j < width; ++j) to[i][j] = 0.f;
+      } else if (aligned) {
+        cuda::load_codes<T, true>(to[i], row + channel(i), width, scale, storage);
+      } else {
+        cuda::load_codes<T, false>(to[i], row + channel(i), width, scale, storage);
+      }
+    }
+  }
   __device__ __forceinline__ void load(float (&to)[chunks][width], const T* row, int dim,
                                        bool aligned) const {
 #pragma unroll
@@ -39,6 +54,44 @@ struct Piece {
   }
 };
 
+// Keys or values of one head as floats. One-byte caches: `rows` finds the fresh ones alone.
+template <typename T, bool coded>
+struct Stored {
+  HeadRows<T, true> rows;
+  __device__ __forceinline__ Stored(const void* data, const AttentionStrides& s, const float*,
+                                    const void* data_new, const AttentionStrides& s_new, const Attention&,
+                                    const Cache& c, const KeyView& view, int64_t batch, int64_t kv_head)
+      : rows(data, s, data_new, s_new, c, view, batch, kv_head) {}
+  template <int chunks>
+  __device__ __forceinline__ void load(const Piece<T, chunks>& piece, float (&to)[chunks][chunk<T>], int n,
+                                       int dim, bool aligned) const {
+    piece.load(to, rows(n), dim, aligned);
+  }
+};
+template <typename T>
+struct Stored<T, true> {
+  HeadRows<T, true> rows;
+  HeadRows<uint8_t, true> codes;
+  HeadRows<float, true> factors;
+  Storage storage;
+  __device__ __forceinline__ Stored(const void* data, const AttentionStrides& s, const float* scale,
+                                    const void* data_new, const AttentionStrides& s_new, const Attention& p,
+                                    const Cache& c, const KeyView& view, int64_t batch, int64_t kv_head)
+      : rows(nullptr, s, data_new, s_new, c, view, batch, kv_head),
+        codes(data, s, nullptr, s_new, c, view, batch, kv_head),
+        factors(scale, AttentionStrides{p.kv_heads * c.page_size, c.page_size, 1}, nullptr, s_new, c, view,
+                batch, kv_head),
+        storage(c.storage) {}
+  template <int chunks>
+  __device__ __forceinline__ void load(const Piece<T, chunks>& piece, float (&to)[chunks][chunk<T>], int n,
+                                       int dim, bool aligned) const {
+    if (n < rows.old)
+      piece.load_codes(to, codes(n), *factors(n), storage, dim, aligned);
+    else
+      piece.load(to, rows(n), dim, aligned);
+  }
+};
+
 // Row r of a key head's rows: query r % queries of head r / queries of the group.
 struct RowPlace {
   int64_t head, query;
@@ -49,7 +102,7 @@ struct RowPlace {
   }
 };
 
-template <typename T, int R, int chunks>
+template <typename T, int R, int chunks, bool coded>
 __global__ void __launch_bounds__(warps * 32, 2)
     cached_part_kernel(CachedAttention c, int lanes, bool aligned) {
   const Attention& p = c.rows;
@@ -63,10 +116,10 @@ __global__ void __launch_bounds__(warps * 32, 2)
   const int64_t batch = blockIdx.x / c.parts / p.kv_heads;
   const int first_row = int(blockIdx.y) * R, rows = int(p.queries * (p.heads / p.kv_heads));
   const KeyView view(p, c.cache, batch);
-  const HeadRows<T, true> keys(p.k, p.k_stride, c.cache.k_new, c.cache.k_new_stride, c.cache, view, batch,
-                               kv_head);
-  const HeadRows<T, true> values(p.v, p.v_stride, c.cache.v_new, c.cache.v_new_stride, c.cache, view, batch,
-                                 kv_head);
+  const Stored<T, coded> keys(p.k, p.k_stride, c.cache.k_scale, c.cache.k_new, c.cache.k_new_stride, p,
+                              c.cache, view, batch, kv_head);
+  const Stored<T, coded> values(p.v, p.v_stride, c.cache.v_scale, c.cache.v_new, c.cache.v_new_stride, p,
+                                c.cache, view, batch, kv_head);
   const int first = int(part) * part_keys, count = Max{}(Min{}(view.keys - first, part_keys), 0);
 
   const Piece<T, chunks> piece(lanes);
@@ -88,7 +141,7 @@ __global__ void __launch_bounds__(warps * 32, 2)
   for (int base = 0; base < count; base += piece.groups) {
     const int n = base + piece.group, key = first + Min{}(n, count - 1);
     float k[chunks][chunk<T>];
-    piece.load(k, keys(key), dim, aligned);
+    keys.load(piece, k, key, dim, aligned);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       float s = 0.f;
@@ -131,7 +184,7 @@ __global__ void __launch_bounds__(warps * 32, 2)
       for (int j = 0; j < chunk<T>; ++j) sum[r][i][j] = 0.f;
   for (int n = piece.group; n < count; n += piece.groups) {
     float v[chunks][chunk<T>];
-    piece.load(v, values(first + n), dim, aligned);
+    values.load(piece, v, first + n, dim, aligned);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const float w = scores[r * part_keys + n];
@@ -198,35 +251,35 @@ __global__ void __launch_bounds__(warps * 32) cached_combine_kernel(CachedAttent
   }
 }
 
-template <typename T, int R, int chunks>
+template <typename T, int R, int chunks, bool coded>
 Status launch_parts(const CachedAttention& c, int lanes, void* stream) {
   const Attention& p = c.rows;
   const Grid grid(p.batch * p.kv_heads * c.parts, ceil_div(cached_rows(c), R));
   const size_t shared = shared_bytes<float>(R * part_keys) +
                         shared_bytes<float>(warps * R * lanes * chunks * chunk<T>) + shared_bytes<float>(32);
-  Status status = ARIMG_LAUNCH((cached_part_kernel<T, R, chunks>), grid, warps * 32, shared, stream, c, lanes,
-                               rows_aligned<T>(p, c.cache));
+  Status status = ARIMG_LAUNCH((cached_part_kernel<T, R, chunks, coded>), grid, warps * 32, shared, stream, c,
+                               lanes, rows_aligned<T>(p, c.cache));
   if (status != Status::ok || c.parts == 1) return status;
   return ARIMG_LAUNCH((cached_combine_kernel<T>), ceil_div(p.batch * p.heads * p.queries, warps), warps * 32,
                       0, stream, c);
 }
 
-template <typename T, int chunks>
+template <typename T, int chunks, bool coded>
 Status dispatch_rows(const CachedAttention& c, int lanes, void* stream) {
   const int64_t rows = cached_rows(c);
-  if (rows <= 1) return launch_parts<T, 1, chunks>(c, lanes, stream);
-  if (rows <= 2) return launch_parts<T, 2, chunks>(c, lanes, stream);
-  if (rows <= 4) return launch_parts<T, 4, chunks>(c, lanes, stream);
-  return launch_parts<T, 8, chunks>(c, lanes, stream);
+  if (rows <= 1) return launch_parts<T, 1, chunks, coded>(c, lanes, stream);
+  if (rows <= 2) return launch_parts<T, 2, chunks, coded>(c, lanes, stream);
+  if (rows <= 4) return launch_parts<T, 4, chunks, coded>(c, lanes, stream);
+  return launch_parts<T, 8, chunks, coded>(c, lanes, stream);
 }
 
-template <typename T>
+template <typename T, bool coded>
 Status dispatch_lanes(const CachedAttention& c, void* stream) {
   const int64_t pieces = ceil_div(c.rows.dim, chunk<T>);
   int lanes = 1;
   while (lanes < pieces && lanes < 32) lanes *= 2;
-  if (pieces <= 32) return dispatch_rows<T, 1>(c, lanes, stream);
-  if constexpr (sizeof(T) == 4) return dispatch_rows<T, 2>(c, lanes, stream);
+  if (pieces <= 32) return dispatch_rows<T, 1, coded>(c, lanes, stream);
+  if constexpr (sizeof(T) == 4) return dispatch_rows<T, 2, coded>(c, lanes, stream);
   return Status::unsupported;
 }
 
@@ -236,8 +289,11 @@ Status cached_attention_cuda(const CachedAttention& c, void* stream) {
   const Attention& p = c.rows;
   if (p.keys + c.cache.fresh > key_limit - 2 * part_keys || p.dim > 256) return Status::unsupported;
   if (cached_rows(c) > kCachedGpuSplitRows) return attention_tiles_cuda(p, c.cache, true, stream);
-  if (p.dtype == DType::f32) return dispatch_lanes<float>(c, stream);
-  return p.dtype == DType::bf16 ? dispatch_lanes<BFloat16>(c, stream) : dispatch_lanes<Half>(c, stream);
+  return with_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    return c.cache.storage == Storage::same ? dispatch_lanes<T, false>(c, stream)
+                                            : dispatch_lanes<T, true>(c, stream);
+  });
 }
 
 }  // namespace arimg

@@ -29,7 +29,48 @@ void check_lengths(const CachedAttention& c, int64_t pages) {
   }
 }
 
-void run(CachedAttention& c, const Tensor& q, int64_t pages) {
+Storage storage_of(const Tensor& cache) {
+  return cache.scalar_type() == ScalarType::Char            ? Storage::int8
+         : cache.scalar_type() == ScalarType::Float8_e4m3fn ? Storage::fp8
+                                                            : Storage::same;
+}
+
+const float* factors(const MaybeTensor& scale, const Tensor& cache) {
+  require(scale.has_value() == (storage_of(cache) != Storage::same),
+          "arimg: expected scales with one-byte caches, and only there");
+  if (!scale.has_value()) return nullptr;
+  require(same_device(*scale, cache) && scale->scalar_type() == ScalarType::Float && scale->is_contiguous() &&
+              scale->dim() == 3 && scale->size(0) == cache.size(0) && scale->size(1) == cache.size(1) &&
+              scale->size(2) == cache.size(2),
+          "arimg: expected contiguous float32 scales [pages, H, page_size]");
+  return (const float*)scale->const_data_ptr();
+}
+
+// A one-byte cache multiplied out, for the kernels of many rows on GPUs: [B, Hkv, p.keys, D] in q's dtype,
+// zero beyond a length.
+Tensor multiply_out(const CachedAttention& c, const Tensor& q, const Tensor& cache, const float* scale) {
+  const Attention& p = c.rows;
+  require(cache.stride(2) == p.dim, "arimg: expected one-byte caches with contiguous rows");
+  ReadCache r{};
+  r.storage = c.cache.storage;
+  r.dtype = p.dtype;
+  r.part = {const_cast<void*>(cache.const_data_ptr()), const_cast<float*>(scale), cache.stride(0),
+            cache.stride(1)};
+  r.pages = {c.cache.page_table, c.cache.max_pages, c.cache.page_size, cache.size(0)};
+  r.lengths = c.cache.lengths;
+  r.batch = p.batch;
+  r.kv_heads = p.kv_heads;
+  r.tokens = p.keys;
+  r.dim = p.dim;
+  Tensor out = empty(q, std::vector<int64_t>{p.batch, p.kv_heads, p.keys, p.dim}, q.scalar_type());
+  r.out = out.mutable_data_ptr();
+  if (out.numel() == 0) return out;
+  GpuScope scope(q);
+  check(ARIMG_GPU(read_cache_cuda(r, scope.stream())), "cached_attention");
+  return out;
+}
+
+void run(CachedAttention& c, const Tensor& q, const Tensor& k, const Tensor& v) {
   const Attention& p = c.rows;
   if (nothing_to_do(p)) return;
   c.parts = 1;
@@ -43,7 +84,17 @@ void run(CachedAttention& c, const Tensor& q, int64_t pages) {
     partial = empty(q, std::vector<int64_t>{floats}, ScalarType::Float);
     c.partial = (float*)partial->mutable_data_ptr();
   }
-  if (!q.is_cuda()) check_lengths(c, pages);
+  if (!q.is_cuda()) check_lengths(c, k.size(0));
+  std::optional<Tensor> dense_k, dense_v;
+  if (on_gpu(q) && c.cache.storage != Storage::same && cached_rows(c) > kCachedGpuSplitRows) {
+    dense_k = multiply_out(c, q, k, c.cache.k_scale);
+    dense_v = multiply_out(c, q, v, c.cache.v_scale);
+    c.rows.k = dense_k->const_data_ptr();
+    c.rows.v = dense_v->const_data_ptr();
+    c.rows.k_stride = c.rows.v_stride = strides(*dense_k);
+    c.cache.page_table = nullptr;
+    c.cache.storage = Storage::same;
+  }
   if (on_gpu(q)) {
     GpuScope scope(q);
     check(ARIMG_GPU(cached_attention_cuda(c, scope.stream())), "cached_attention");
@@ -66,9 +117,13 @@ void run(CachedAttention& c, const Tensor& q, int64_t pages) {
 Tensor cached_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, int64_t length,
                            const MaybeTensor& lengths, const MaybeTensor& page_table,
                            const MaybeTensor& k_new, const MaybeTensor& v_new, const MaybeTensor& row_start,
-                           const MaybeTensor& row_end, const MaybeTensor& head_scale, double scale) {
+                           const MaybeTensor& row_end, const MaybeTensor& head_scale, double scale,
+                           const MaybeTensor& k_scale, const MaybeTensor& v_scale) {
   CachedAttention c{};
-  c.rows = describe_attention(q, k, v, scale, !page_table.has_value());
+  c.cache.storage = storage_of(k);
+  c.rows = describe_attention(q, k, v, scale, !page_table.has_value(), c.cache.storage != Storage::same);
+  c.cache.k_scale = factors(k_scale, k);
+  c.cache.v_scale = factors(v_scale, v);
   Attention& p = c.rows;
   c.cache.lengths = device_ints(lengths, q, "arimg: expected contiguous int32 lengths [B]");
   c.cache.page_table = device_ints(page_table, q, "arimg: expected a contiguous int32 page_table [B, pages]");
@@ -98,7 +153,7 @@ Tensor cached_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, in
   Tensor out = empty(q, std::vector<int64_t>{p.batch, p.queries, p.heads, p.dim}, q.scalar_type());
   p.out = out.mutable_data_ptr();
   p.out_stride = strides_of_rows(out);
-  run(c, q, k.size(0));
+  run(c, q, k, v);
   return out;
 }
 
@@ -108,7 +163,7 @@ ARIMG_OPS_SCHEMAS(m) {
   m.def(
       "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, SymInt length, Tensor? lengths, "
       "Tensor? page_table, Tensor? k_new, Tensor? v_new, Tensor? row_start, Tensor? row_end, "
-      "Tensor? head_scale, float scale) -> Tensor");
+      "Tensor? head_scale, float scale, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor");
 }
 
 ARIMG_OPS_IMPLEMENTATIONS(m) {

@@ -23,12 +23,15 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-// What q says, the dtype and the scale; `batched`: k and v have q's batch (pages do not).
+// What q says, the dtype and the scale; `batched`: k and v have q's batch (pages do not);
+// `codes`: they need not have its dtype.
 inline Attention describe_attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                                    bool batched) {
+                                    bool batched, bool codes = false) {
+  const bool one_byte = k.scalar_type() == v.scalar_type() && codes;
   auto fits = [&](const Tensor& t) {
     return t.dim() == 4 && (!batched || t.size(0) == q.size(0)) && t.size(3) == q.size(3) &&
-           (t.numel() == 0 || t.stride(3) == 1) && t.scalar_type() == q.scalar_type() && same_device(t, q);
+           (t.numel() == 0 || t.stride(3) == 1) && (one_byte || t.scalar_type() == q.scalar_type()) &&
+           same_device(t, q);
   };
   require(q.dim() == 4 && fits(q) && fits(k) && fits(v) && k.size(0) == v.size(0) && k.size(1) == v.size(1) &&
               k.size(2) == v.size(2),

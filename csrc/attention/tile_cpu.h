@@ -7,6 +7,7 @@
 
 #include "attention/contract.h"
 #include "core/exp.h"
+#include "kv_cache/codes.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {
@@ -161,6 +162,49 @@ static ARIMG_INLINE void mask_row(float* scores, const Part& part, const Visible
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// Numbers as they are stored. Codes still lack the factor of their vector.
+
+template <typename T>
+constexpr bool is_code = false;
+template <>
+constexpr bool is_code<Int8Code> = true;
+template <>
+constexpr bool is_code<Fp8Code> = true;
+
+template <typename T>
+static ARIMG_INLINE F32 load_stored(const T* p) {
+  return F32::load(p);
+}
+template <typename T>
+static ARIMG_INLINE F32 load_stored(const T* p, int n) {
+  return F32::load_partial(p, n);
+}
+static ARIMG_INLINE F32 load_stored(const Int8Code* p) {
+  typedef int8_t Bytes __attribute__((vector_size(W)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return to_float(I32(__builtin_convertvector(bytes, IntVec)));
+}
+static ARIMG_INLINE F32 load_stored(const Int8Code* p, int n) {
+  return decode(I32::load_bytes(&p->byte, n), Storage::int8);
+}
+static ARIMG_INLINE F32 load_stored(const Fp8Code* p) {
+#if ARIMG_WIDTH >= 8  // e4m3 is a half with fewer bits, 2^8 times as large
+  typedef int8_t Bytes __attribute__((vector_size(W)));
+  typedef int16_t Shorts __attribute__((vector_size(2 * W)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  const Shorts halves = (__builtin_convertvector(bytes, Shorts) << 7) & int16_t(0xbf80);
+  return F32::load((const Half*)&halves) * F32(256.f);
+#else
+  return decode(I32::load_bytes(&p->byte), Storage::fp8);
+#endif
+}
+static ARIMG_INLINE F32 load_stored(const Fp8Code* p, int n) {
+  return decode(I32::load_bytes(&p->byte, n), Storage::fp8);
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // Where the keys and values of one head lie: `old` of them in a tensor, or in pages of one, the rest in
 // another.
 
@@ -172,6 +216,8 @@ struct Cells {
   int64_t page_size, page_stride;
   const T* fresh;  // keys from `old` on
   int64_t fresh_stride, old;
+  const float* scale;  // of codes: a factor per key, those of a page together
+  int64_t scale_stride;
 
   ARIMG_INLINE const T* at(int64_t n) const {
     if (n >= old) return fresh + (n - old) * fresh_stride;
@@ -184,6 +230,31 @@ struct Cells {
       return nullptr;
     return at(first);
   }
+  // Cached keys [first, first + count) page by page: f(index of the first, how many, page, place within it).
+  template <typename F>
+  ARIMG_INLINE void pages(int64_t first, int64_t count, F&& f) const {
+    if (page == nullptr) return f(int64_t(0), count, int64_t(0), first);
+    int64_t number = first / page_size, place = first % page_size;
+    for (int64_t i = 0; i < count; ++number, place = 0) {
+      const int64_t some = page_size - place < count - i ? page_size - place : count - i;
+      f(i, some, int64_t(page[number]), place);
+      i += some;
+    }
+  }
+  // The addresses of [first, first + count): `at` without its divisions.
+  ARIMG_INLINE void places(int64_t first, int64_t count, const T** to) const {
+    const int64_t cached = old - first < 0 ? 0 : old - first < count ? old - first : count;
+    pages(first, cached, [&](int64_t i, int64_t some, int64_t number, int64_t place) {
+      const T* from = data + number * page_stride + place * stride;
+      for (int64_t j = 0; j < some; ++j) to[i + j] = from + j * stride;
+    });
+    for (int64_t i = cached; i < count; ++i) to[i] = fresh + (first + i - old) * fresh_stride;
+  }
+  ARIMG_INLINE void factors(int64_t first, int64_t count, float* to) const {
+    pages(first, count, [&](int64_t i, int64_t some, int64_t number, int64_t place) {
+      __builtin_memcpy(to + i, scale + number * scale_stride + place, some * sizeof(float));
+    });
+  }
   // Asks the second-level cache for channels of a key, which need not exist.
   ARIMG_INLINE void prefetch(int64_t n, int64_t from, int64_t channels) const {
     if (page != nullptr || n >= old) return;
@@ -194,13 +265,15 @@ struct Cells {
 
 template <typename T>
 static ARIMG_INLINE Cells<T> cells(const T* data, int64_t stride) {
-  return {data, stride, nullptr, 1, 0, nullptr, 0, INT64_MAX};
+  return {data, stride, nullptr, 1, 0, nullptr, 0, INT64_MAX, nullptr, 0};
 }
 
 // Keys [first, first + count), transposed: to[panel][channel][key in the panel]; what a last panel lacks is
 // zero.
 template <typename T>
 static void load_transposed(const Cells<T>& from, int64_t first, int64_t count, int64_t dim, float* to) {
+  float factor[kTile];
+  if constexpr (is_code<T>) from.factors(first, count, factor);
   for (int64_t n = 0; n < count; n += W) {
     float* panel = to + (n / kPanel) * dim * kPanel + n % kPanel;
     const T* row[W];
@@ -210,8 +283,10 @@ static void load_transposed(const Cells<T>& from, int64_t first, int64_t count, 
       F32 block[W];
       for (int i = 0; i < W; ++i)
         block[i] = row[i] == nullptr ? F32(0.f)
-                   : channels == W   ? F32::load(row[i] + d)
-                                     : F32::load_partial(row[i] + d, channels);
+                   : channels == W   ? load_stored(row[i] + d)
+                                     : load_stored(row[i] + d, channels);
+      if constexpr (is_code<T>)
+        for (int i = 0; i < W && n + i < count; ++i) block[i] = block[i] * F32(factor[n + i]);
       transpose(block);
       for (int i = 0; i < channels; ++i) block[i].store(panel + (d + i) * kPanel);
     }
@@ -226,8 +301,8 @@ static void load_transposed(const Cells<T>& from, int64_t first, int64_t count, 
 template <typename T>
 static ARIMG_INLINE void load_row(const T* from, int64_t dim, int64_t padded, float factor, float* to) {
   int64_t d = 0;
-  for (; d + W <= dim; d += W) (F32::load(from + d) * F32(factor)).store(to + d);
-  if (d < dim) (F32::load_partial(from + d, int(dim - d)) * F32(factor)).store(to + d), d += W;
+  for (; d + W <= dim; d += W) (load_stored(from + d) * F32(factor)).store(to + d);
+  if (d < dim) (load_stored(from + d, int(dim - d)) * F32(factor)).store(to + d), d += W;
   for (; d < padded; d += W) F32(0.f).store(to + d);
 }
 
@@ -280,6 +355,24 @@ struct Tile {
       weight[r] = 0.f;
     }
   }
+  // Goes on with the sums of another tile, over other keys.
+  template <typename S>
+  ARIMG_INLINE Tile(const Tile<S>& t, const Cells<T>& k, const Cells<T>& v, const Visible& visible)
+      : k(k),
+        v(v),
+        visible(visible),
+        rows(t.rows),
+        offset(t.offset),
+        wrap(t.wrap),
+        dim(t.dim),
+        padded(t.padded),
+        queries(t.queries),
+        sums(t.sums),
+        highest(t.highest),
+        weight(t.weight),
+        keys(t.keys),
+        values(t.values),
+        scores(t.scores) {}
 };
 
 // Row r of the result: the sums divided by the weight.
@@ -302,7 +395,7 @@ static ARIMG_INLINE void score_channels(const float* query, const T* const (&row
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) sums[i] = mul_add(q[j], F32::load(row[i] + d + j * W), sums[i]);
+    for (int j = 0; j < V; ++j) sums[i] = mul_add(q[j], load_stored(row[i] + d + j * W), sums[i]);
 }
 
 // Lane i becomes the sum of the lanes of vector i: half the shuffles of a transposition.
@@ -424,18 +517,18 @@ static __attribute__((noinline)) void attend(const Tile<T>& t, int64_t row, cons
 // are asked for, if they come from far.
 template <int R, int V, typename T>
 static ARIMG_INLINE void values_in_place(const Tile<T>& t, const Part& part, int64_t first,
-                                         const float* decay, int64_t d) {
+                                         const T* const* values, const float* decay, int64_t d) {
   F32 sum[R][V];
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) sum[r][i] = F32::load(t.sums + r * t.padded + d + i * W) * F32(decay[r]);
   const T* run = t.v.run(first + part.low, part.high - part.low);
   for (int n = part.low; n < part.high; ++n) {
-    const T* v = (run != nullptr ? run + (n - part.low) * t.v.stride : t.v.at(first + n)) + d;
+    const T* v = (run != nullptr ? run + (n - part.low) * t.v.stride : values[n]) + d;
     if (t.far) t.k.prefetch(first + kTile + n, d, V * W);
     F32 value[V];
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) value[i] = F32::load(v + i * W);
+    for (int i = 0; i < V; ++i) value[i] = load_stored(v + i * W);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       F32 weight(t.scores[r * kTile + n]);
@@ -448,27 +541,53 @@ static ARIMG_INLINE void values_in_place(const Tile<T>& t, const Part& part, int
     for (int i = 0; i < V; ++i) sum[r][i].store(t.sums + r * t.padded + d + i * W);
 }
 
+// Scores or weights of R rows times the factors of the keys; NaN where a factor is NaN or infinite, as the
+// values are then.
+template <int R>
+static ARIMG_INLINE void multiply_factors(const Part& part, const float* factor, float* scores) {
+  for (int n = part.from; n < part.to; n += W) {
+    const F32 f = F32::load(factor + n), nan = f - f;
+    for (int r = 0; r < R; ++r)
+      mul_add(F32::load(scores + r * kTile + n), f, nan).store(scores + r * kTile + n);
+  }
+}
+
 // All R rows of a tile of few rows against keys and values as they lie; channels are whole vectors.
 template <int R, typename T>
 static __attribute__((noinline)) void attend_few(const Tile<T>& t, const Part& part, int64_t first) {
-  const T* run = t.k.run(first + part.low, part.high - part.low);
+  const int64_t begin = first + part.low, count = part.high - part.low;
+  const T *run = t.k.run(begin, count), *key_at[kTile], *value_at[kTile];
+  if (run == nullptr) {
+    t.k.places(begin, count, key_at + part.low);
+    t.v.places(begin, count, value_at + part.low);
+  }
   for (int n = part.from; n < part.to; n += W) {
     const T* keys[W];
     for (int i = 0; i < W; ++i) {
       int key = n + i < part.low ? part.low : n + i < part.high ? n + i : part.high - 1;  // masked later
       if (t.far) t.v.prefetch(first + key, 0, t.dim);
-      keys[i] = run != nullptr ? run + (key - part.low) * t.k.stride : t.k.at(first + key);
+      keys[i] = run != nullptr ? run + (key - part.low) * t.k.stride : key_at[key];
     }
     for (int r = 0; r < R; ++r)
       score_in_place(t.queries + r * t.padded, keys, t.dim, t.scores + r * kTile + n);
   }
+  alignas(64) float factor[kTile];
+  if constexpr (is_code<T>) {
+    for (int n = part.from; n < part.to; n += W) F32(0.f).store(factor + n);
+    t.k.factors(begin, count, factor + part.low);
+    multiply_factors<R>(part, factor, t.scores);
+  }
   if (!part.whole) mask_rows(t, 0, R, part, first);
   float decay[W];
   softmax_rows<R>(t.scores, part.from, part.to, t.highest, t.weight, decay);
+  if constexpr (is_code<T>) {
+    t.v.factors(begin, count, factor + part.low);
+    multiply_factors<R>(part, factor, t.scores);
+  }
   int64_t d = 0;
-  for (; d + 4 * W <= t.dim; d += 4 * W) values_in_place<R, 4>(t, part, first, decay, d);
-  if (d + 2 * W <= t.dim) values_in_place<R, 2>(t, part, first, decay, d), d += 2 * W;
-  if (d + W <= t.dim) values_in_place<R, 1>(t, part, first, decay, d);
+  for (; d + 4 * W <= t.dim; d += 4 * W) values_in_place<R, 4>(t, part, first, value_at, decay, d);
+  if (d + 2 * W <= t.dim) values_in_place<R, 2>(t, part, first, value_at, decay, d), d += 2 * W;
+  if (d + W <= t.dim) values_in_place<R, 1>(t, part, first, value_at, decay, d);
 }
 
 // All rows of the tile against the keys [begin, end); begin is a multiple of the key tile.
@@ -491,11 +610,14 @@ static void attend_tile(const Tile<T>& t, int64_t begin, int64_t end) {
     load_transposed(t.k, first + used.from, used.high - used.from, t.dim, t.keys + used.from * t.dim);
     // fp32 values are read in place, unless their rows are so far apart that they would evict each other.
     const float* values = t.values;
-    if (sizeof(T) == 4 && t.dim == t.padded && t.v.stride == t.dim && t.v.run(first, count) != nullptr)
+    if (sizeof(T) == 4 && t.dim == t.padded && t.v.stride == t.dim && t.v.run(first, count) != nullptr) {
       values = (const float*)t.v.at(first);
-    else
+    } else {
+      float factor[kTile];
+      if constexpr (is_code<T>) t.v.factors(first + used.low, used.high - used.low, factor + used.low);
       for (int64_t n = used.low; n < used.high; ++n)
-        load_row(t.v.at(first + n), t.dim, t.padded, 1.f, t.values + n * t.padded);
+        load_row(t.v.at(first + n), t.dim, t.padded, is_code<T> ? factor[n] : 1.f, t.values + n * t.padded);
+    }
     for (int64_t row = 0; row < t.rows; row += kGroup) {
       const Part part(spans[row / kGroup], sinks, first, count);
       if (part.empty()) continue;

@@ -11,6 +11,14 @@
 
 namespace arimg {
 
+// A stored byte, for templates over the type of what a cache holds.
+struct Int8Code {
+  uint8_t byte;
+};
+struct Fp8Code {
+  uint8_t byte;
+};
+
 constexpr float kSmallestAmax = 0x1p-100f;
 
 static ARIMG_HD int32_t select(bool condition, int32_t a, int32_t b) {

@@ -1,8 +1,8 @@
 // See contract.h. A thread takes 16 bytes of the result.
 #include "core/chunk.h"
 #include "core/cuda.h"
-#include "kv_cache/codes.h"
 #include "kv_cache/contract.h"
+#include "kv_cache/load_codes.h"
 
 namespace arimg {
 namespace {
@@ -10,21 +10,6 @@ namespace {
 using namespace cuda;
 
 constexpr int threads = 256;
-
-template <typename T, bool vectors>
-__device__ __forceinline__ void load_codes(float (&to)[chunk<T>], const uint8_t* from, int count, float scale,
-                                           Storage storage) {
-  alignas(8) uint8_t raw[chunk<T>];
-  if constexpr (vectors) {
-    using V = std::conditional_t<chunk<T> == 4, uint32_t, uint2>;
-    *reinterpret_cast<V*>(raw) = *reinterpret_cast<const V*>(from);
-  } else {
-#pragma unroll
-    for (int i = 0; i < chunk<T>; ++i) raw[i] = i < count ? from[i] : uint8_t(0);
-  }
-#pragma unroll
-  for (int i = 0; i < chunk<T>; ++i) to[i] = multiply(decode(int32_t(raw[i]), storage), scale);
-}
 
 template <typename T, bool vectors>
 __global__ void __launch_bounds__(threads) read_cache_kernel(ReadCache p) {

@@ -322,6 +322,18 @@ class KVCache:
             )  # fmt: skip
         return out[0], out[1]
 
+    def attend(self, q: Tensor, **options: Any) -> Tensor:
+        """Attention of q [B, Hq, L, D] over all tokens of each row: `ops.cached_attention` with what this
+        cache holds, one-byte storage and pages read in place. options: k_new, v_new, new_intervals, scale,
+        head_scale. Tokens of a `peek` are not seen until `commit`.
+        """
+        self._expect_alive()
+        even = len(set(self._lengths)) == 1
+        return ops.cached_attention(
+            q, self.k, self.v, self._lengths[0] if even else self.lengths,
+            page_table=self.page_table, k_scale=self.k_scale, v_scale=self.v_scale, **options,
+        )  # fmt: skip
+
     def pooled_view(
         self, h: int, w: int, grid: tuple[int, int], start: int = 0, *, mode: str = "area",
         dtype: torch.dtype | None = None,

@@ -1,7 +1,8 @@
 """Attention of new queries over a cache: ragged lengths, contiguous or paged, with an uncommitted suffix.
 
 Storage is the cache's: k, v [B, Hkv, capacity, D], or pages [pages, Hkv, page_size, D] named by a page table.
-float32, bfloat16 or float16; scores and softmax in float32. See docs/ops/attention.md.
+float32, bfloat16 or float16, or one byte with a factor per key; scores and softmax in float32. See
+docs/ops/attention.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from arimg import reference
 from arimg.ops._common import expect_like, fake, kernels
 from arimg.ops.attention import _check, _check_head_scale, _check_interval, _rows, _scale
+from arimg.ops.kv_cache import ONE_BYTE, expect_cache
 
 __all__ = ["cached_attention", "causal_intervals"]
 
@@ -30,6 +32,8 @@ def cached_attention(
     new_intervals: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     head_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of new queries over the first `length` cached keys, all of which every query sees.
 
@@ -39,37 +43,39 @@ def cached_attention(
     each. k_new, v_new [B, Hkv, Lnew, D]: keys that follow the cached ones without being stored ("peek");
     query i sees those of new_intervals = (row_start, row_end), int32 [Lq] or [B, Lq] (all without;
     `causal_intervals` for earlier ones alone). scale defaults to 1 / sqrt(D); head_scale float32 [H]
-    multiplies the scores of each head. Returns [B, H, Lq, D], zero where nothing is seen, laid out in memory
-    as [B, Lq, H, D], so that `.transpose(1, 2).flatten(2)` is free. With a gradient asked for, the reference
-    runs. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, and for lengths and
-    pages outside the cache where they are on the CPU; on a GPU, where looking would mean waiting, lengths are
-    cut to the capacity and pages are trusted.
+    multiplies the scores of each head. k_scale, v_scale float32 [B or pages, Hkv, capacity or page_size]: the
+    factors of int8 or float8_e4m3fn caches, as `append_` writes them. Returns [B, H, Lq, D], zero where
+    nothing is seen, laid out in memory as [B, Lq, H, D], so that `.transpose(1, 2).flatten(2)` is free. With
+    a gradient asked for, the reference runs. Raises ValueError or TypeError for shapes, dtypes or devices
+    that do not fit, and for lengths and pages outside the cache where they are on the CPU; on a GPU, where
+    looking would mean waiting, lengths are cut to the capacity and pages are trusted.
     """
-    new = (k_new, v_new, new_intervals)
+    new, scales = (k_new, v_new, new_intervals), (k_scale, v_scale)
     ops = None if torch.compiler.is_compiling() else kernels(q, k_cache, v_cache, k_new, v_new, head_scale)
     if ops is not None:
         # The checks take as long as a short decode: what is wrong is looked up once the operator refuses.
         try:
-            return _run(ops, q, k_cache, v_cache, length, page_table, new, head_scale, scale)
+            return _run(ops, q, k_cache, v_cache, length, page_table, new, head_scale, scale, scales)
         except (RuntimeError, AttributeError, TypeError, IndexError):
-            _check_all(q, k_cache, v_cache, length, page_table, new, head_scale)
+            _check_all(q, k_cache, v_cache, length, page_table, new, head_scale, scales)
             raise
-    _check_all(q, k_cache, v_cache, length, page_table, new, head_scale)
+    _check_all(q, k_cache, v_cache, length, page_table, new, head_scale, scales)
     ops = kernels(q, k_cache, v_cache, k_new, v_new, head_scale)
     if ops is not None:
-        return _run(ops, q, k_cache, v_cache, length, page_table, new, head_scale, scale)
+        return _run(ops, q, k_cache, v_cache, length, page_table, new, head_scale, scale, scales)
     return reference.cached_attention(
         q, k_cache, v_cache, length, page_table=page_table, k_new=k_new, v_new=v_new,
-        new_intervals=new_intervals, scale=scale, head_scale=head_scale,
+        new_intervals=new_intervals, scale=scale, head_scale=head_scale, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
 
 
 _New = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
+_Scales = tuple[Tensor | None, Tensor | None]
 
 
 def _run(
     ops: Any, q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, page_table: Tensor | None,
-    new: _New, head_scale: Tensor | None, scale: float | None,
+    new: _New, head_scale: Tensor | None, scale: float | None, scales: _Scales,
 ) -> Tensor:  # fmt: skip
     if not q.device == k_cache.device == v_cache.device:
         raise RuntimeError("expected tensors of one device")  # what differs is said by the check that follows
@@ -80,16 +86,22 @@ def _run(
         _rows(q), _rows(k_cache), _rows(v_cache), fixed, lengths,
         None if page_table is None else page_table.contiguous(),
         None if k_new is None else _rows(k_new), None if v_new is None else _rows(v_new),
-        start, end, head_scale, _scale(q, scale),
+        start, end, head_scale, _scale(q, scale), *scales,
     )  # fmt: skip
     return out.transpose(1, 2)
 
 
 def _check_all(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | Tensor, page_table: Tensor | None,
-    new: _New, head_scale: Tensor | None,
+    new: _New, head_scale: Tensor | None, scales: _Scales,
 ) -> None:  # fmt: skip
-    _check(q, k_cache=k_cache, v_cache=v_cache)
+    if isinstance(k_cache, Tensor) and k_cache.dtype in ONE_BYTE:
+        _check(q)
+        _check_codes(q, k_cache, v_cache, *scales)
+    else:
+        _check(q, k_cache=k_cache, v_cache=v_cache)
+        if scales != (None, None):
+            raise ValueError(f"expected scales only with int8 or float8_e4m3fn caches, got {k_cache.dtype}")
     capacity = _check_cache(q, k_cache, v_cache, page_table)
     _check_length(q, length, capacity)
     _check_values(k_cache, length, page_table, capacity)
@@ -129,6 +141,16 @@ def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor
             f"got {list(page_table.shape)} on {page_table.device}"
         )
     return k_cache.shape[2] * page_table.shape[1]
+
+
+def _check_codes(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    expect_like("v_cache", v_cache, "k_cache", k_cache)
+    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
+        expect_cache(f"{name}_cache", cache, scale, f"{name}_scale")
+        if cache.device != q.device:
+            raise ValueError(f"expected {name}_cache on q's device {q.device}, got {cache.device}")
 
 
 def _check_length(q: Tensor, length: int | Tensor, capacity: int) -> None:

@@ -111,7 +111,7 @@ def read_cache(
     Positions without a page, and from lengths[b] (int32 [B]) on, are zero.
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
-    one_byte = _check_cache("cache", cache, scale, "scale")
+    one_byte = expect_cache("cache", cache, scale, "scale")
     if not one_byte and dtype not in (None, cache.dtype):
         raise TypeError(f"expected the cache's dtype {cache.dtype}, got {dtype}")
     dtype = (dtype or torch.float32) if one_byte else cache.dtype
@@ -151,7 +151,7 @@ def _check(
     if D > MAX_HEAD_DIM:
         raise ValueError(f"expected a head dim of at most {MAX_HEAD_DIM}, got {D}")
     one_byte = [
-        _check_cache(name, cache, scale, f"{name[0]}_scale")
+        expect_cache(name, cache, scale, f"{name[0]}_scale")
         for name, cache, scale in (("k_cache", k_cache, k_scale), ("v_cache", v_cache, v_scale))
     ]
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -177,8 +177,8 @@ def _check(
     return flat
 
 
-def _check_cache(name: str, t: Tensor, scale: Tensor | None, scale_name: str) -> bool:
-    """Returns whether the cache is one-byte."""
+def expect_cache(name: str, t: Tensor, scale: Tensor | None, scale_name: str) -> bool:
+    """A cache that these kernels can read, with factors if it is one-byte; returns whether it is."""
     if not isinstance(t, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {type(t).__name__}")
     one_byte = t.dtype in ONE_BYTE

@@ -71,14 +71,20 @@ def cached_attention(
     new_intervals: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     head_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of new queries over the cached keys of each batch entry, and over new keys after them.
 
     q [B, H, Lq, D]. Contiguous: k_cache, v_cache [B, Hkv, capacity, D]; paged: [pages, Hkv, page_size, D]
     with page_table int32 [B, max_pages]. length: an int, or int32 [B]. Every query sees all cached keys and,
-    of k_new, v_new [B, Hkv, Lnew, D], those of new_intervals = (row_start, row_end) (all without). Returns
-    [B, H, Lq, D], laid out in memory as [B, Lq, H, D].
+    of k_new, v_new [B, Hkv, Lnew, D], those of new_intervals = (row_start, row_end) (all without). k_scale,
+    v_scale: the factors of one-byte caches, of k_cache's shape without D. Returns [B, H, Lq, D], laid out in
+    memory as [B, Lq, H, D].
     """
+    if k_scale is not None and v_scale is not None:
+        k_cache = (k_cache.float() * k_scale[..., None]).to(q.dtype)
+        v_cache = (v_cache.float() * v_scale[..., None]).to(q.dtype)
     B, L = q.shape[0], q.shape[2]
     lengths = [int(length)] * B if isinstance(length, int) else [int(n) for n in length]
     rows = []
