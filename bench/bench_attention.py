@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg import ops
+from arimg.cache import KVCache
 from arimg.layout import Layout, Visibility
 from conftest import OURS, SMOKE
 
@@ -174,5 +175,32 @@ def test_cached_attention(
         peer,
         peers[peer],
         bytes=2 * 2 * HEADS * length * DIM * k.element_size(),
+        flops=4 * 2 * HEADS * DIM * queries * length,
+    )
+
+
+@pytest.mark.parametrize("peer", [OURS, "pages of 64", "pages of 16"])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("queries", [1, 64])
+def test_paged_cached_attention(
+    queries: int, storage: torch.dtype, peer: str, measure: Callable[..., float]
+) -> None:
+    """A paged cache against a contiguous one of the same tokens; int8 with queries in float32."""
+    length, g = 14 if SMOKE else 576, torch.Generator().manual_seed(0)
+    dtype = torch.float32 if storage == torch.int8 else storage
+    qkv = torch.randn(2, length, 3 * HEADS, DIM, generator=g).to(dtype)
+    q = torch.randn(2, HEADS, queries, DIM, generator=g).to(dtype)
+    whole = KVCache(2, HEADS, length, DIM, storage)
+    cache = whole if peer == OURS else KVCache(2, HEADS, length, DIM, storage, page_size=int(peer[-2:]))
+    for held in (whole, cache):
+        held.truncate(0)
+        for first in range(0, length, 16):  # rows in turn, so that their pages alternate
+            held.append(qkv[:, first : first + 16])
+    assert torch.equal(cache.attend(q), whole.attend(q))
+    measure(
+        f"{queries} new queries on {length} keys in pages, 2 x {HEADS} x {DIM}, {str(storage)[6:]}",
+        peer,
+        lambda: cache.attend(q),
+        bytes=2 * 2 * HEADS * length * DIM * storage.itemsize,
         flops=4 * 2 * HEADS * DIM * queries * length,
     )

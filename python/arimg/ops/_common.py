@@ -21,10 +21,12 @@ def kernels(*tensors: Tensor | None) -> Any | None:
     do not pass through here), when the tensors live on a device without kernels, or when the library could
     not load (a warning says so once).
     """
-    given = [t for t in tensors if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return None
-    kind = given[0].device.type
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return None
+    first = next(t for t in tensors if t is not None) if tensors[0] is None else tensors[0]
+    kind = first.device.type
     if kind == "cpu" or (kind == "cuda" and _library.cuda_usable()):
         return _library.ops()
     return None
