@@ -2,28 +2,10 @@
 // registers, so that each row is loaded once.
 #include "attention/ssd_conv_contract.h"
 #include "core/exp.h"
-#include "core/simd.h"
+#include "core/lanes.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {
-
-static ARIMG_INLINE F32 silu(F32 x) {
-  F32 e = exp_nonpositive(select(x < F32(0.f), x, F32(0.f) - x));  // e^-|x|
-  return x * select(x < F32(0.f), e, F32(1.f)) / (F32(1.f) + e);
-}
-
-template <typename T>
-static ARIMG_INLINE F32 load_lanes(const T* p, int n) {
-  return n == W ? F32::load(p) : F32::load_partial(p, n);
-}
-
-template <typename T>
-static ARIMG_INLINE void store_lanes(F32 x, T* p, int n) {
-  if (n == W)
-    x.store(p);
-  else
-    x.store_partial(p, n);
-}
 
 // Row `row` >= 1 - width of x and what came before it, or nullptr for zeros.
 template <typename T>

@@ -1,20 +1,17 @@
 // What the CPU attention kernels share: the register tile of their products, which keys a group of rows sees,
-// how keys and values come out of a tensor or a cache, and the online softmax of one tile of query rows.
+// and the online softmax of one tile of query rows.
 //
 // What a row sees is summed on a fixed grid of keys: masked keys add exact zeros and skipped ones nothing, so
 // a row's bits depend on its own keys and data alone, not on its neighbours, tile or thread.
 #pragma once
 
-#include "attention/contract.h"
+#include "attention/cells_cpu.h"
 #include "core/exp.h"
-#include "kv_cache/codes.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {
 
 constexpr int kGroup = W == 16 ? 12 : W == 8 ? 6 : 4;  // rows: with two vectors each, the registers are full
-constexpr int kPanel = 2 * W;                          // keys or channels of one register tile
-constexpr int kTile = kAttentionKeyTile;
 constexpr int kFew = 4;  // rows of a tile up to which keys and values are read as they lie
 constexpr int kMaxGroups = (kAttentionMaxRows + kGroup - 1) / kGroup;
 constexpr int64_t kNoKey = -(int64_t(1) << 40);
@@ -159,158 +156,6 @@ static ARIMG_INLINE void mask_row(float* scores, const Part& part, const Visible
     Mask seen = ((key > start - I32(1)) & (key < end)) | (key < sinks) | (key == self);
     select(seen, F32::load(scores + n), F32(-__builtin_inff())).store(scores + n);
   }
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Numbers as they are stored. Codes still lack the factor of their vector.
-
-template <typename T>
-constexpr bool is_code = false;
-template <>
-constexpr bool is_code<Int8Code> = true;
-template <>
-constexpr bool is_code<Fp8Code> = true;
-
-template <typename T>
-static ARIMG_INLINE F32 load_stored(const T* p) {
-  return F32::load(p);
-}
-template <typename T>
-static ARIMG_INLINE F32 load_stored(const T* p, int n) {
-  return F32::load_partial(p, n);
-}
-static ARIMG_INLINE F32 load_stored(const Int8Code* p) {
-  typedef int8_t Bytes __attribute__((vector_size(W)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof(bytes));
-  return to_float(I32(__builtin_convertvector(bytes, IntVec)));
-}
-static ARIMG_INLINE F32 load_stored(const Int8Code* p, int n) {
-  return decode(I32::load_bytes(&p->byte, n), Storage::int8);
-}
-static ARIMG_INLINE F32 load_stored(const Fp8Code* p) {
-#if ARIMG_WIDTH >= 8  // e4m3 is a half with fewer bits, 2^8 times as large
-  typedef int8_t Bytes __attribute__((vector_size(W)));
-  typedef int16_t Shorts __attribute__((vector_size(2 * W)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof(bytes));
-  const Shorts halves = (__builtin_convertvector(bytes, Shorts) << 7) & int16_t(0xbf80);
-  return F32::load((const Half*)&halves) * F32(256.f);
-#else
-  return decode(I32::load_bytes(&p->byte), Storage::fp8);
-#endif
-}
-static ARIMG_INLINE F32 load_stored(const Fp8Code* p, int n) {
-  return decode(I32::load_bytes(&p->byte, n), Storage::fp8);
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Where the keys and values of one head lie: `old` of them in a tensor, or in pages of one, the rest in
-// another.
-
-template <typename T>
-struct Cells {
-  const T* data;
-  int64_t stride;       // elements from key to key
-  const int32_t* page;  // the numbers of the pages, or nullptr
-  int64_t page_size, page_stride;
-  const T* fresh;  // keys from `old` on
-  int64_t fresh_stride, old;
-  const float* scale;  // of codes: a factor per key, those of a page together
-  int64_t scale_stride;
-
-  ARIMG_INLINE const T* at(int64_t n) const {
-    if (n >= old) return fresh + (n - old) * fresh_stride;
-    if (page == nullptr) return data + n * stride;
-    return data + page[n / page_size] * page_stride + n % page_size * stride;
-  }
-  // The first of [first, first + count) where they lie `stride` apart, else nullptr.
-  ARIMG_INLINE const T* run(int64_t first, int64_t count) const {
-    if (first + count > old || (page != nullptr && first / page_size != (first + count - 1) / page_size))
-      return nullptr;
-    return at(first);
-  }
-  // Cached keys [first, first + count) page by page: f(index of the first, how many, page, place within it).
-  template <typename F>
-  ARIMG_INLINE void pages(int64_t first, int64_t count, F&& f) const {
-    if (page == nullptr) return f(int64_t(0), count, int64_t(0), first);
-    int64_t number = first / page_size, place = first % page_size;
-    for (int64_t i = 0; i < count; ++number, place = 0) {
-      const int64_t some = page_size - place < count - i ? page_size - place : count - i;
-      f(i, some, int64_t(page[number]), place);
-      i += some;
-    }
-  }
-  // The addresses of [first, first + count): `at` without its divisions.
-  ARIMG_INLINE void places(int64_t first, int64_t count, const T** to) const {
-    const int64_t cached = old - first < 0 ? 0 : old - first < count ? old - first : count;
-    pages(first, cached, [&](int64_t i, int64_t some, int64_t number, int64_t place) {
-      const T* from = data + number * page_stride + place * stride;
-      for (int64_t j = 0; j < some; ++j) to[i + j] = from + j * stride;
-    });
-    for (int64_t i = cached; i < count; ++i) to[i] = fresh + (first + i - old) * fresh_stride;
-  }
-  ARIMG_INLINE void factors(int64_t first, int64_t count, float* to) const {
-    pages(first, count, [&](int64_t i, int64_t some, int64_t number, int64_t place) {
-      __builtin_memcpy(to + i, scale + number * scale_stride + place, some * sizeof(float));
-    });
-  }
-  // Asks the second-level cache for channels of a key, which need not exist.
-  ARIMG_INLINE void prefetch(int64_t n, int64_t from, int64_t channels) const {
-    if (page != nullptr || n >= old) return;
-    for (int64_t d = 0; d < channels; d += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch((const char*)(data + n * stride + from + d), 0, 2);
-  }
-};
-
-template <typename T>
-static ARIMG_INLINE Cells<T> cells(const T* data, int64_t stride) {
-  return {data, stride, nullptr, 1, 0, nullptr, 0, INT64_MAX, nullptr, 0};
-}
-
-// Keys [first, first + count), transposed: to[panel][channel][key in the panel]; what a last panel lacks is
-// zero.
-template <typename T>
-static void load_transposed(const Cells<T>& from, int64_t first, int64_t count, int64_t dim, float* to) {
-  float factor[kTile];
-  if constexpr (is_code<T>) from.factors(first, count, factor);
-  for (int64_t n = 0; n < count; n += W) {
-    float* panel = to + (n / kPanel) * dim * kPanel + n % kPanel;
-    const T* row[W];
-    for (int i = 0; i < W; ++i) row[i] = n + i < count ? from.at(first + n + i) : nullptr;
-    for (int64_t d = 0; d < dim; d += W) {
-      int channels = dim - d < W ? int(dim - d) : W;
-      F32 block[W];
-      for (int i = 0; i < W; ++i)
-        block[i] = row[i] == nullptr ? F32(0.f)
-                   : channels == W   ? load_stored(row[i] + d)
-                                     : load_stored(row[i] + d, channels);
-      if constexpr (is_code<T>)
-        for (int i = 0; i < W && n + i < count; ++i) block[i] = block[i] * F32(factor[n + i]);
-      transpose(block);
-      for (int i = 0; i < channels; ++i) block[i].store(panel + (d + i) * kPanel);
-    }
-  }
-  if ((count + W - 1) / W % 2 == 1) {  // half of the last panel is without keys
-    float* panel = to + (count / kPanel) * dim * kPanel + W;
-    for (int64_t d = 0; d < dim; ++d) F32(0.f).store(panel + d * kPanel);
-  }
-}
-
-// One row of `dim` channels times `factor`; channels up to `padded` become zero.
-template <typename T>
-static ARIMG_INLINE void load_row(const T* from, int64_t dim, int64_t padded, float factor, float* to) {
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) (load_stored(from + d) * F32(factor)).store(to + d);
-  if (d < dim) (load_stored(from + d, int(dim - d)) * F32(factor)).store(to + d), d += W;
-  for (; d < padded; d += W) F32(0.f).store(to + d);
-}
-
-template <typename T>
-static ARIMG_INLINE void store_row(const float* from, int64_t dim, float factor, T* to) {
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) (F32::load(from + d) * F32(factor)).store(to + d);
-  if (d < dim) (F32::load(from + d) * F32(factor)).store_partial(to + d, int(dim - d));
 }
 
 // ---------------------------------------------------------------------------------------------------------

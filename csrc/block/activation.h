@@ -8,16 +8,6 @@
 namespace arimg {
 namespace ARIMG_SIMD {
 
-static ARIMG_INLINE F32 absolute(F32 x) {
-  return float_from_bits(bits(x) & I32(0x7fffffff));
-}
-
-// 1 / (1 + e^-x), to rounding; 0 below -87.
-static ARIMG_INLINE F32 sigmoid(F32 x) {
-  F32 e = exp_nonpositive(F32(0.f) - absolute(x));
-  return select(x < F32(0.f), e, F32(1.f)) / (F32(1.f) + e);
-}
-
 // P(N(0, 1) < x): the upper tail at |x| is e^(-x^2 / 2) times a polynomial in 1 / (1 + 0.3 |x|) (degree 8,
 // the largest relative error below 6e-8 up to |x| = 14, where the tail vanishes in fp32).
 static ARIMG_INLINE F32 normal_cdf(F32 x) {
@@ -45,7 +35,7 @@ static ARIMG_INLINE F32 activate(Activation activation, F32 x) {
       return x * sigmoid(u);
     }
     case Activation::silu:
-      return x * sigmoid(x);
+      return silu(x);
     case Activation::relu:
       return select(x < F32(0.f), F32(0.f), x);  // NaN stays
     default:

@@ -3,6 +3,7 @@
 
 #include "core/exp.h"
 #include "core/gemm_tile.h"
+#include "core/lanes.h"
 #include "core/transpose.h"
 
 namespace arimg {
@@ -13,9 +14,6 @@ constexpr int OUT = 4, IN = 6, POINTS = IN * IN;  // a tile's outputs and inputs
 constexpr int64_t CHUNK_FLOATS = 1 << 20;         // of transformed tiles, about
 constexpr int64_t GROUP = 4 * TILE_ROWS;          // tiles that share a pass over the filters of a panel
 
-static ARIMG_INLINE int64_t at_most(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 static ARIMG_INLINE int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -53,16 +51,6 @@ struct Plan {
 };
 
 // --- activated pixels ---------------------------------------------------------------------------------
-
-static ARIMG_INLINE F32 silu(F32 x) {
-  F32 zero(0.f), e = exp_nonpositive(select(x < zero, x, zero - x));  // in this form NaN passes
-  return x * select(x < zero, e, F32(1.f)) / (F32(1.f) + e);
-}
-
-template <typename T>
-static ARIMG_INLINE F32 load_lanes(const T* p, int64_t n) {
-  return n >= W ? F32::load(p) : F32::load_partial(p, int(n));
-}
 
 template <typename T>
 static void activate_pixel(const T* x, const float* scale, const float* shift, int64_t channels, float* to) {
@@ -106,7 +94,7 @@ static void activate(const Conv3x3& p, const Plan& plan, int64_t image, int64_t 
 // --- the three transforms -----------------------------------------------------------------------------
 
 static ARIMG_INLINE void transform_input(const F32 (&d)[IN], F32 (&t)[IN]) {
-  const F32 four(4.f), five(5.f), two(2.f), zero(0.f);
+  const F32 four(4.f), five(5.f), two(2.f);
   F32 even = d[4] - four * d[2], odd = d[3] - four * d[1];
   F32 even2 = d[4] - d[2], odd2 = two * (d[3] - d[1]);
   t[0] = mul_add(four, d[0], d[4]) - five * d[2];
@@ -224,10 +212,7 @@ static ARIMG_INLINE void finish_tile(const Conv3x3& p, const Plan& plan, const f
     for (int j = 0; j < OUT && left + j < p.width; ++j, at += p.outputs) {
       F32 value = y[j] + bias;
       if (p.residual != nullptr) value = value + load_lanes((const T*)p.residual + at, n);
-      if (n >= W)
-        value.store((T*)p.out + at);
-      else
-        value.store_partial((T*)p.out + at, int(n));
+      store_lanes(value, (T*)p.out + at, n);
     }
   }
 }
@@ -316,13 +301,8 @@ static void moments(const ChannelMoments& p) {
       F32 deviation = load_lanes(x + i * p.channels + c, n) - mean;
       squares = mul_add(deviation, deviation, squares);
     }
-    if (n >= W) {
-      mean.store(p.mean + c);
-      squares.store(p.squares + c);
-    } else {
-      mean.store_partial(p.mean + c, int(n));
-      squares.store_partial(p.squares + c, int(n));
-    }
+    store_lanes(mean, p.mean + c, n);
+    store_lanes(squares, p.squares + c, n);
   }
 }
 

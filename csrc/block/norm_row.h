@@ -1,31 +1,10 @@
-// One row of a norm on the CPU: lanes of any storage type, and the statistics. Only for *_cpu.cpp files.
+// The statistics of one row of a norm on the CPU. Only for *_cpu.cpp files.
 #pragma once
 
-#include "core/simd.h"
+#include "core/lanes.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {
-
-// f(i, n): the n lanes from i; n == W except in the tail.
-template <typename F>
-static ARIMG_INLINE void for_lanes(int64_t count, F&& f) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) f(i, W);
-  if (i < count) f(i, int(count - i));
-}
-
-template <typename T>
-static ARIMG_INLINE F32 load_lanes(const T* p, int n) {
-  return n == W ? F32::load(p) : F32::load_partial(p, n);
-}
-
-template <typename T>
-static ARIMG_INLINE void store_lanes(F32 x, T* p, int n) {
-  if (n == W)
-    x.store(p);
-  else
-    x.store_partial(p, n);
-}
 
 // The normed row is (x - mean - correction) * inverse. An RMS norm has no mean.
 struct Statistics {

@@ -1,4 +1,4 @@
-// The exponential of a softmax. Only for *_cpu.cpp files.
+// The exponential of a softmax, and what is made of it. Only for *_cpu.cpp files.
 #pragma once
 
 #include "core/simd.h"
@@ -38,6 +38,20 @@ static ARIMG_INLINE F32 exp_difference(F32 x) {
   r = mul_add(r, f, F32(0.693147f));
   r = mul_add(r, f, F32(1.f));
   return r * float_from_bits((n + I32(127)) << 23);
+}
+
+static ARIMG_INLINE F32 absolute(F32 x) {
+  return float_from_bits(bits(x) & I32(0x7fffffff));
+}
+
+// 1 / (1 + e^-x), to rounding; 0 below -87.
+static ARIMG_INLINE F32 sigmoid(F32 x) {
+  F32 e = exp_nonpositive(F32(0.f) - absolute(x));
+  return select(x < F32(0.f), e, F32(1.f)) / (F32(1.f) + e);
+}
+
+static ARIMG_INLINE F32 silu(F32 x) {
+  return x * sigmoid(x);
 }
 
 }  // namespace ARIMG_SIMD

@@ -2,15 +2,12 @@
 // plain vector arithmetic: copies there and back, and the two passes of a resampling. For *_cpu.cpp files.
 #pragma once
 
+#include "core/lanes.h"
 #include "core/transpose.h"
 #include "pyramid/contract.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {
-
-static ARIMG_INLINE int64_t at_most(int64_t x, int64_t limit) {
-  return x < limit ? x : limit;
-}
 
 // The part of one image of a map: some channels, some pixels.
 template <typename T>

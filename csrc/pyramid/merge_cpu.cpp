@@ -1,6 +1,6 @@
 // See merge.h. Moves are plain loops over whole rows, or several of them, that the compiler turns into
 // vectors.
-#include "core/simd.h"
+#include "core/lanes.h"
 #include "pyramid/merge.h"
 
 namespace arimg {
@@ -8,10 +8,6 @@ namespace ARIMG_SIMD {
 
 constexpr int64_t PIECE =
     512;  // coarse pixels at a time: what is made of them stays in the first-level cache
-
-static ARIMG_INLINE int64_t at_most(int64_t x, int64_t limit) {
-  return x < limit ? x : limit;
-}
 
 // Rows [begin, end) of all planes. T: words of the elements' size; `coarse` nullptr: zeros.
 template <typename T>

@@ -2,16 +2,13 @@
 #pragma once
 
 #include "core/gemm_tile.h"
+#include "core/lanes.h"
 #include "quantize/contract.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {
 
 static constexpr float INFINITE = __builtin_inff();
-
-static ARIMG_INLINE int64_t at_most(int64_t x, int64_t limit) {
-  return x < limit ? x : limit;
-}
 
 // Panels of a block of codes that stays in the first-level cache: 8 KiB.
 static ARIMG_INLINE int64_t block_panels(int64_t dim) {
