@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
-from arimg.accelerate.view import view_of
+from arimg.accelerate.view import misfit, view_of
 from arimg.generators.llamagen import Decoder, LlamaGen
 from arimg.reference.kv_cache import Rope
 
@@ -139,10 +139,7 @@ def recognise_llamagen(report: Report, path: str, module: nn.Module) -> bool:
         report.keep(module, path, reason)
     else:
         note = "steps of one token: fused norms, products at the speed of reading their weights"
-        report.swap(module, _Generator, path, note, weights_dtype=report.dtype)
-        if report.dtype is not None:
-            size = torch.finfo(report.dtype).bits // 8
-            report.memory += size * sum(p.numel() for p in module.parameters())
+        report.swap_generator(module, _Generator, path, note)
     return True
 
 
@@ -150,9 +147,8 @@ def _unsuited(module: Any) -> str:
     """Why our composition does not fit the module, or nothing."""
     if getattr(module, "model_type", "c2i") != "c2i":
         return f"expected the class-conditional model (c2i), got {module.model_type}"
-    try:
-        view = view_of(module, _view)
-    except (ValueError, AttributeError, TypeError, IndexError) as error:
-        return str(error)
-    extra = dict(module.named_parameters()).keys() - dict(view.named_parameters()).keys()
+    reason = misfit(module, _view)
+    if reason:
+        return reason
+    extra = dict(module.named_parameters()).keys() - dict(view_of(module, _view).named_parameters()).keys()
     return f"unknown parameters {', '.join(sorted(extra)[:3])}" if extra else ""

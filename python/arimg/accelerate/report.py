@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from arimg.accelerate import swap
+from arimg.accelerate.swap import Mixin
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,17 @@ class Report:
     memory: int = 0  # bytes beyond the original's
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
 
-    def swap(self, module: nn.Module, mixin: type[swap.Mixin], path: str, note: str, **options: Any) -> None:
+    def swap(self, module: nn.Module, mixin: type[Mixin], path: str, note: str, **options: Any) -> None:
         """Replaces one module's methods and writes it down."""
         self.replaced.append(Entry(path, type(module).__name__, note))
         swap.swap(module, mixin, **options)
         self._modules.append(module)
+
+    def swap_generator(self, module: nn.Module, mixin: type[Mixin], path: str, note: str) -> None:
+        """`swap` for a generator, which may run on a copy of its weights (`dtype`)."""
+        self.swap(module, mixin, path, note, weights_dtype=self.dtype)
+        if self.dtype is not None:
+            self.memory += self.dtype.itemsize * sum(p.numel() for p in module.parameters())
 
     def keep(self, module: nn.Module, path: str, reason: str) -> None:
         """Writes down why a known part is left as it is."""

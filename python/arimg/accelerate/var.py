@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
-from arimg.accelerate.view import view_of
+from arimg.accelerate.view import misfit, view_of
 from arimg.generators.var import VAR
 from arimg.layout import Layout
 from arimg.nn.scale_quantizer import ScaleQuantizer
@@ -171,34 +171,22 @@ def recognise_var(report: Report, path: str, module: nn.Module) -> bool:
     children = {name for name, _ in module.named_children()}
     if not (children >= _GENERATOR and hasattr(module, "vae_proxy") and hasattr(module, "pos_1LC")):
         return False
-    reason = _unsuited(module, _generator_view)
+    reason = misfit(module, _generator_view)
     if reason:
         report.keep(module, path, reason)
     else:
         note = "sampling on caches allocated once, fused norms, sampler and pyramid; scoring without a mask"
-        report.swap(module, _Generator, path, note, weights_dtype=report.dtype)
-        if report.dtype is not None:
-            size = torch.finfo(report.dtype).bits // 8
-            report.memory += size * sum(p.numel() for p in module.parameters())
+        report.swap_generator(module, _Generator, path, note)
     return True
 
 
 def recognise_var_quantizer(report: Report, path: str, module: nn.Module) -> bool:
     if not all(hasattr(module, name) for name in ("embedding", "quant_resi", "v_patch_nums", "Cvae")):
         return False
-    reason = _unsuited(module, _quantizer_view)
+    reason = misfit(module, _quantizer_view)
     if reason:
         report.keep(module, path, reason)
     else:
         note = "residual encode in one call, fused accumulation"
         report.swap(module, _Quantizer, path, note)
     return True
-
-
-def _unsuited(module: nn.Module, build: Any) -> str:
-    """Why our composition does not fit the module, or nothing."""
-    try:
-        view_of(module, build)
-    except (ValueError, AttributeError, TypeError, IndexError) as error:
-        return str(error)
-    return ""

@@ -24,10 +24,19 @@ def view_of(module: nn.Module, build: Callable[[Any], View], dtype: torch.dtype 
     kinds = _views.setdefault(module, {})
     if dtype not in kinds:
         with torch.device("meta"):
-            kinds[dtype] = build(module).requires_grad_(False) if dtype is not None else build(module)
+            kinds[dtype] = build(module)
     view = kinds[dtype]
     _share(view, module, dtype)
     return view.train(module.training)  # type: ignore[return-value]
+
+
+def misfit(module: nn.Module, build: Callable[[Any], nn.Module]) -> str:
+    """Why the view does not fit the module, or nothing."""
+    try:
+        view_of(module, build)
+    except (ValueError, AttributeError, TypeError, IndexError) as error:
+        return str(error)
+    return ""
 
 
 def _share(view: nn.Module, module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.cache import KVCache
+from arimg.generators.labels import class_labels
 from arimg.nn import checkpoint
 from arimg.nn.linear import narrow_linear, narrow_swiglu
 from arimg.nn.rope import rope_2d
@@ -139,19 +140,7 @@ class LlamaGen(nn.Module):
 
     def labels(self, labels: int | Sequence[int] | Tensor) -> Tensor:
         """Check class labels and put "no class" (-1) at num_classes: int64 [B] on the model's device."""
-        out = torch.as_tensor(labels, device=self.tok_embeddings.weight.device)
-        if out.is_floating_point() or out.is_complex() or out.dtype == torch.bool:
-            raise TypeError(f"expected integer labels, got {out.dtype}")
-        out = out.long().reshape(1) if out.dim() == 0 else out.long()
-        if out.dim() != 1 or not len(out):
-            raise ValueError(f"expected labels [B] with B > 0, got shape {list(out.shape)}")
-        wrong = (out < -1) | (out > self.num_classes)
-        if wrong.any():
-            raise ValueError(
-                f"expected labels from 0 to {self.num_classes - 1}, or -1 for no class, "
-                f"got {out[wrong][0].item()}"
-            )
-        return torch.where(out < 0, self.num_classes, out)
+        return class_labels(labels, self.num_classes, self.tok_embeddings.weight.device)
 
     def forward(self, labels: Tensor, indices: Tensor) -> Tensor:
         """Teacher forcing: labels [B], the first n tokens [B, n] -> logits of tokens 0..n, [B, n + 1, V].

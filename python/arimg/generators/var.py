@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.cache import KVCache
+from arimg.generators.labels import class_labels
 from arimg.guidance import LinearRamp
 from arimg.layout import Layout
 from arimg.nn import checkpoint
@@ -182,20 +183,7 @@ class VAR(nn.Module):
 
     def labels(self, labels: int | Sequence[int] | Tensor) -> Tensor:
         """Check class labels and put "no class" (-1) at num_classes: int64 [B] on the model's device."""
-        device = self.pos_1LC.device
-        out = torch.as_tensor(labels, device=device)
-        if out.is_floating_point() or out.is_complex() or out.dtype == torch.bool:
-            raise TypeError(f"expected integer labels, got {out.dtype}")
-        out = out.long().reshape(1) if out.dim() == 0 else out.long()
-        if out.dim() != 1 or not len(out):
-            raise ValueError(f"expected labels [B] with B > 0, got shape {list(out.shape)}")
-        wrong = (out < -1) | (out > self.num_classes)
-        if wrong.any():
-            raise ValueError(
-                f"expected labels from 0 to {self.num_classes - 1}, or -1 for no class, "
-                f"got {out[wrong][0].item()}"
-            )
-        return torch.where(out < 0, self.num_classes, out)
+        return class_labels(labels, self.num_classes, self.pos_1LC.device)
 
     def _condition(self, labels: Tensor) -> _Condition:
         embedded = self.class_emb(labels)
