@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arimg import _library, ops, reference
-from arimg.guidance import BeyondConditional, FromUnconditional, LinearRamp
+from arimg.guidance import BeyondConditional, FromUnconditional, Guidance, linear
 
 
 def make(*shape, seed=0, scale=2.0):
@@ -193,5 +193,6 @@ def test_formulas_give_the_scale_of_sample(formula):
 
 def test_one_strength_means_two_scales():
     assert FromUnconditional().scale(1.5) == 1.5 and BeyondConditional().scale(1.5) == 2.5
-    assert LinearRamp(1.5).scale(0, 10) == 1.0 and LinearRamp(1.5).scale(9, 10) == 2.5
-    assert LinearRamp(4.0, FromUnconditional()).scale(5, 11) == 2.0
+    var = Guidance(1.5, linear, BeyondConditional())
+    assert var.scale(0, 10) == 1.0 and var.scale(9, 10) == 2.5
+    assert Guidance(4.0, linear).scale(5, 11) == 2.5 and Guidance(4.0, until=3).scale(3, 11) is None

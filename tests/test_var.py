@@ -9,8 +9,8 @@ from torch import Tensor
 
 from arimg import generators, tokenizers
 from arimg.generators import VAR
-from arimg.generators.var import _CachedDecoder
-from arimg.guidance import LinearRamp
+from arimg.generators.var import VarSession
+from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.tokenizers import SCALES_256, SCALES_512, VQVAE
 
 SCALES = (1, 2, 3, 4)
@@ -225,8 +225,9 @@ def test_the_seed_decides() -> None:
 
 
 def test_guidance_ramp_and_filters() -> None:
-    assert [LinearRamp(1.5).scale(k, 4) for k in range(4)] == [1.0, 1.5, 2.0, 2.5]
-    assert LinearRamp(1.5).scale(0, 1) == 1.0
+    ramp = Guidance(1.5, linear, BeyondConditional())
+    assert [ramp.scale(k, 4) for k in range(4)] == [1.0, 1.5, 2.0, 2.5]
+    assert ramp.scale(0, 1) == 1.0
     var = model()
     greedy = list(var.stream([2], cfg=3.0, top_k=1))
     for k, step in enumerate(greedy):
@@ -241,8 +242,8 @@ def test_guidance_ramp_and_filters() -> None:
 def test_same_tokens_after_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     var = model(tokenizer((1, 2)), depth=1)
     expected = drawn(var, [1, 3], seed=4)
-    step = torch.compile(_CachedDecoder.step, dynamic=False)
-    monkeypatch.setattr(_CachedDecoder, "step", step)
+    step = torch.compile(VarSession.logits, dynamic=False)
+    monkeypatch.setattr(VarSession, "logits", step)
     torch._dynamo.utils.counters.clear()
     assert torch.equal(drawn(var, [1, 3], seed=4), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # it was compiled, one graph per scale
@@ -305,7 +306,7 @@ def test_errors_name_what_is_wrong() -> None:
         var.generate(torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"expected x \[B, 29, 8\], got \[2, 30, 8\]"):
         var(torch.tensor([0, 0]), torch.zeros(2, 30, 8))
-    with pytest.raises(ValueError, match=r"expected given indices \[1, 1\], got \[1, 4\]"):
+    with pytest.raises(ValueError, match=r"expected given tokens \[1, 1\], got \[1, 4\]"):
         var.generate([0], given=[torch.zeros(1, 4).long()])
     with pytest.raises(ValueError, match=r"expected a width that 3 heads divide, got 64"):
         VAR(var.tokenizer, width=64, heads=3, depth=1)

@@ -334,6 +334,39 @@ class KVCache:
             page_table=self.page_table, k_scale=self.k_scale, v_scale=self.v_scale, **options,
         )  # fmt: skip
 
+    def attend_causal(
+        self, q: Tensor, starts: Sequence[int] | None = None, *, scale: float | None = None
+    ) -> Tensor:
+        """Attention of the newest tokens q [B, Hq, L, D], appended or peeked: each sees itself and what
+        stands before it in its row. starts: where they begin in each row (default: they are the last L).
+        """
+        self._expect_alive()
+        tokens = q.shape[2]
+        ends = [n + peeked for n, peeked in zip(self._lengths, self._peeked)]
+        if tokens == 1 and starts is None and not any(self._peeked):
+            return self.attend(q, scale=scale)
+        first = [end - tokens for end in ends] if starts is None else self._per_row("starts", starts)
+        longest, parts = max(first, default=0) + tokens, (self.k, self.v)
+        if self.page_table is None and self.k_scale is None:
+            k, v = (t[:, :, :longest] for t in parts)
+        else:
+            k, v = (
+                ops.read_cache(
+                    t,
+                    0,
+                    longest,
+                    page_table=self.page_table,
+                    lengths=self.visible_lengths,
+                    scale=s,
+                    dtype=q.dtype,
+                )
+                for t, s in zip(parts, (self.k_scale, self.v_scale))
+            )
+        end = torch.tensor(first, dtype=torch.int32)[:, None] + torch.arange(1, tokens + 1, dtype=torch.int32)
+        end = end.to(q.device, non_blocking=True)
+        out: Tensor = ops.row_interval_attention(q, k, v, torch.zeros_like(end), end, scale=scale)
+        return out
+
     def pooled_view(
         self, h: int, w: int, grid: tuple[int, int], start: int = 0, *, mode: str = "area",
         dtype: torch.dtype | None = None,

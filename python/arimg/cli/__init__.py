@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from arimg.cli import pictures, training
+from arimg.cli import pictures, systems, training
 
 __all__ = ["main"]
 
@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     pictures.add_commands(commands)
     training.add_commands(commands)
+    systems.add_commands(commands)
     return parser
 
 

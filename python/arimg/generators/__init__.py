@@ -3,12 +3,27 @@
 from pathlib import Path
 
 from arimg.generators.llamagen import LlamaGen
+from arimg.generators.loop import ALWAYS, EachStep, Repeat, Sampler, Session, Turn, final_tokens, generate
 from arimg.generators.var import VAR, Step
 from arimg.nn import checkpoint
 from arimg.nn.checkpoint import save
 from arimg.tokenizers import VQVAE
 
-__all__ = ["VAR", "LlamaGen", "Step", "load", "save"]
+__all__ = [
+    "ALWAYS",
+    "VAR",
+    "EachStep",
+    "LlamaGen",
+    "Repeat",
+    "Sampler",
+    "Session",
+    "Step",
+    "Turn",
+    "final_tokens",
+    "generate",
+    "load",
+    "save",
+]
 
 
 def load(path: str | Path, tokenizer: VQVAE) -> VAR:

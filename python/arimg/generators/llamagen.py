@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.cache import KVCache
 from arimg.generators.labels import class_labels
+from arimg.generators.loop import Sampler, Session, Turn, final_tokens, generate
+from arimg.guidance import Guidance
+from arimg.layout import Layout
 from arimg.nn import checkpoint
 from arimg.nn.linear import narrow_linear, narrow_swiglu
 from arimg.nn.rope import rope_2d
 from arimg.reference.kv_cache import Rope, rotate
-from arimg.reference.sampling import row_seeds
 
 # (layer, qkv [B, L, Hq + 2 Hkv, D]) -> attention output [B, Hq, L, D]
 Attend = Callable[[int, Tensor], Tensor]
@@ -58,6 +60,8 @@ class LlamaGen(nn.Module):
     its value counts. kv_heads defaults to heads, hidden to the released multiple of 256 above 8/3 width.
     dropout (of embeddings and of both branches) and class_dropout act in training.
     """
+
+    sampler = Sampler(Guidance(4.0))
 
     def __init__(
         self,
@@ -188,35 +192,86 @@ class LlamaGen(nn.Module):
         first n + 2 alone; 1 or less is none. top_k = 0 and top_p = 1 switch the filters off. seed: an int s
         (row r draws with s + r) or int64 [B]. tokens: only the first T of them.
         """
-        wanted, total = self.labels(labels), self.length if tokens is None else tokens
-        if not 0 < total <= self.length:
-            raise ValueError(f"expected tokens from 1 to {self.length}, got {total}")
-        batch, guided = len(wanted), cfg > 1
-        rows = torch.cat((wanted, torch.full_like(wanted, self.num_classes))) if guided else wanted
-        seeds = row_seeds(seed, batch, wanted.device)
-        h = self.cls_embedding.embedding_table(rows)[:, None]
-        decoder, rope = Decoder(self), self.rope()
-        caches = [
-            KVCache(len(rows), self.kv_heads, total, self.width // self.heads, h.dtype, h.device)
-            for _ in self.layers
-        ]
+        guidance = None
+        if cfg > 1:
+            guidance = Guidance(cfg, until=cfg_interval + 2 if cfg_interval >= 0 else None)
+        sampler = Sampler(guidance, temperature, top_k, top_p)
+        return torch.cat(final_tokens(generate(self, labels, sampler=sampler, seed=seed, tokens=tokens)), 1)
+
+    def begin(self, condition: Any, guided: bool, **options: Any) -> "LlamaSession":
+        """Opens a generation for class labels [B]; options: tokens, only the first so many of a picture;
+        window, the most drafts that a pass may look at.
+        """
+        labels = self.labels(condition)
+        rows = torch.cat((labels, torch.full_like(labels, self.num_classes))) if guided else labels
+        return LlamaSession(self, self.cls_embedding.embedding_table(rows)[:, None], len(labels), **options)
+
+
+class LlamaSession(Session):
+    """One generation: keys and values of the tokens so far, and the inputs that are not among them yet.
+
+    prefix: embeddings [B or 2B, P, C] of the condition, which stand before the picture. The last token of a
+    row is
+    always pending: its keys and values are written by the pass that predicts what follows it.
+    """
+
+    def __init__(
+        self, model: LlamaGen, prefix: Tensor, rows: int, tokens: int | None = None, window: int = 0
+    ) -> None:
+        tokens = model.length if tokens is None else tokens
+        if not 0 < tokens <= model.length:
+            raise ValueError(f"expected tokens from 1 to {model.length}, got {tokens}")
+        self.model, self.rows, self.device = model, rows, prefix.device
+        self.layout = Layout.groups([1] * tokens)
+        self.decoder, self.rope = Decoder(model), _extended(model.rope(), window)
+        self.pending, self.last = prefix, torch.zeros(rows, dtype=torch.int64, device=prefix.device)
+        capacity = prefix.shape[1] + tokens - 1 + window
+        shape = (len(prefix), model.kv_heads, capacity, model.width // model.heads)
+        self.caches = [KVCache(*shape, prefix.dtype, prefix.device) for _ in model.layers]
+
+    def logits(self, turn: Turn) -> Tensor:
+        """Logits of the tokens behind the last one and behind each draft, [B or 2B, 1 + drafts, V]."""
+        if turn.guidance is None and len(self.pending) > self.rows:
+            self._drop_unconditional()
+        x, drafts = self.pending, turn.drafts
+        if drafts is not None:
+            x = torch.cat((x, self._embed(drafts)), 1)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            q = caches[i].append(qkv, rope=rope)
-            return ops.cached_attention(q, caches[i].k, caches[i].v, caches[i].length)
+            cache = self.caches[i]
+            q = (cache.append if drafts is None else cache.peek)(qkv, rope=self.rope)
+            return cache.attend_causal(q)
 
-        out = torch.empty(batch, total, dtype=torch.int64, device=wanted.device)
-        for t in range(total):
-            if guided and cfg_interval >= 0 and t == cfg_interval + 2:  # the conditional rows go on alone
-                guided = False
-                h, caches = h[:batch], [cache.fork(range(batch)) for cache in caches]
-            out[:, t] = ops.sample(
-                decoder.run(h, attend)[:, -1], seed=seeds, position=t, temperature=temperature, top_k=top_k,
-                top_p=top_p, guidance=cfg if guided else None,
-            )  # fmt: skip
-            h = self.tok_embeddings(out[:, t : t + 1])
-            h = h.repeat(2, 1, 1) if guided else h
-        return out
+        return self.decoder.run(x, attend)[:, self.pending.shape[1] - 1 :]
+
+    def feed(self, turn: Turn) -> None:
+        """Of drafts each row keeps its own number; behind it the caches forget."""
+        if turn.length is None:
+            self.last = turn.drawn[:, -1]
+        else:
+            kept = turn.length.tolist()
+            wanted = [self.pending.shape[1] - 1 + n for n in kept] * (len(self.pending) // self.rows)
+            for cache in self.caches:
+                cache.commit(wanted)
+            newest = turn.drawn.gather(1, (turn.length - 1).clamp_min(0)[:, None])[:, 0]
+            self.last = torch.where(turn.length > 0, newest, self.last)
+        self.pending = self._embed(self.last[:, None])
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        h: Tensor = self.model.tok_embeddings(tokens)
+        return h.repeat(len(self.pending) // self.rows, 1, 1)
+
+    def _drop_unconditional(self) -> None:
+        self.pending = self.pending[: self.rows]
+        self.caches = [cache.fork(range(self.rows)) for cache in self.caches]
+
+
+def _extended(rope: Rope, window: int) -> Rope:
+    """Rows for drafts behind the end of the picture, whose results nobody reads."""
+    if not window:
+        return rope
+    cos, sin = (F.pad(t, (0, 0, 0, window)) for t in (rope.cos, rope.sin))
+    return Rope(cos, sin, rope.interleaved)
 
 
 class _Weights(NamedTuple):

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.cache import KVCache
 from arimg.generators.labels import class_labels
-from arimg.guidance import LinearRamp
+from arimg.generators.loop import Sampler, Session, Turn, generate
+from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.layout import Layout
 from arimg.nn import checkpoint
 from arimg.nn.adaln import AdaLNBeforeHead, AdaLNBlock, HeadModulation, Modulation, run_blocks
 from arimg.nn.linear import Linear
 from arimg.reference.kv_cache import split_qk_norm
-from arimg.reference.sampling import philox_uniform, row_seeds, token_weights
+from arimg.reference.sampling import philox_uniform, token_weights
 from arimg.tokenizers.vqvae import SCALES_512, VQVAE
 
 # Buffers of released checkpoints that hold constants: accepted and not kept
@@ -64,6 +65,8 @@ class VAR(nn.Module):
     class". width and heads default to 64 * depth and depth, as released. drop_path and class_dropout act in
     training.
     """
+
+    sampler = Sampler(Guidance(1.5, linear, BeyondConditional()), top_k=900, top_p=0.96)
 
     def __init__(
         self,
@@ -262,48 +265,31 @@ class VAR(nn.Module):
         given: Sequence[Tensor] = (),
     ) -> Iterator[Step]:
         """The steps of `generate`, one per scale, each with a preview (`step.image`)."""
-        wanted = self.labels(labels)
-        batch, quantizer, ramp = len(wanted), self.tokenizer.quantize, LinearRamp(cfg)
-        for index, n in zip(given, self.layout.sizes):
-            if tuple(index.shape) != (batch, n):
-                raise ValueError(f"expected given indices [{batch}, {n}], got {list(index.shape)}")
-        seeds = row_seeds(seed, batch, wanted.device)
-        decoder = _CachedDecoder(self, wanted, guided=cfg != 0)
-        f_hat = quantizer.empty(batch)
-        for k, scale in enumerate(self.layout.shapes):
-            start = self.layout.segments[k][0]
-            guidance = ramp.scale(k, len(self.layout)) if cfg != 0 else None
-            with torch.no_grad():
-                logits = decoder.step(k, f_hat)
-                if k < len(given):
-                    indices = given[k]
-                else:
-                    indices = ops.sample(
-                        logits, seed=seeds, position=start, top_k=top_k, top_p=top_p, guidance=guidance
-                    )
-                if more_smooth and k >= len(given):
-                    codes = _smooth_codes(
-                        logits, quantizer.embedding.weight, guidance, k / max(len(self.layout) - 1, 1),
-                        top_k=top_k, top_p=top_p, seeds=seeds, position=start,
-                    )  # fmt: skip
-                    codes = codes.transpose(1, 2).reshape(batch, -1, *scale)
-                else:
-                    codes = quantizer.code_map(indices, k)
-                f_hat = f_hat.clone()  # a step keeps its own
-                quantizer.accumulate_(f_hat, codes.to(f_hat.dtype), k)
-            yield Step(k, scale, indices, f_hat, logits, self.tokenizer)
+        sampler = Sampler(
+            None if cfg == 0 else Guidance(cfg, linear, BeyondConditional()), top_k=top_k, top_p=top_p
+        )
+        turns = generate(self, labels, sampler=sampler, seed=seed, given=given, more_smooth=more_smooth)
+        for turn in turns:
+            session = turn.run.session
+            assert isinstance(session, VarSession)
+            yield Step(turn.step, turn.shape, turn.drawn, session.f_hat, turn.logits, self.tokenizer)
+
+    def begin(self, condition: Any, guided: bool, **options: Any) -> "VarSession":
+        """Opens a generation for class labels [B]; options: more_smooth."""
+        return VarSession(self, self.labels(condition), guided, **options)
 
 
-class _CachedDecoder:
-    """One generation: constants of the labels, and the keys and values of the scales so far."""
+class VarSession(Session):
+    """One generation: constants of the labels, keys and values of the scales so far, and their sum f_hat."""
 
-    def __init__(self, model: VAR, labels: Tensor, guided: bool) -> None:
-        self.model, self.blocks, self.guided = model, model._blocks, guided
+    def __init__(self, model: VAR, labels: Tensor, guided: bool, more_smooth: bool = False) -> None:
+        self.model, self.blocks, self.guided, self.more_smooth = model, model._blocks, guided, more_smooth
+        self.layout, self.rows, self.device = model.layout, len(labels), labels.device
+        self.f_hat = model.tokenizer.quantize.empty(self.rows)
         rows = torch.cat((labels, torch.full_like(labels, model.num_classes))) if guided else labels
-        with torch.no_grad():
-            self.condition = model._condition(rows)
-            self.positions = model._positions()
-            self.q_scales = [block.attn.q_scale() for block in model._blocks]
+        self.condition = model._condition(rows)
+        self.positions = model._positions()
+        self.q_scales = [block.attn.q_scale() for block in model._blocks]
         p = model.pos_1LC
         shape = (len(rows), model.heads, model.layout.length, model.width // model.heads)
         dtype, kind = p.dtype, p.device.type  # under autocast keys and values come in its type
@@ -311,14 +297,14 @@ class _CachedDecoder:
             dtype = torch.get_autocast_dtype(kind)
         self.caches = [KVCache(*shape, dtype=dtype, device=p.device) for _ in self.blocks]
 
-    def step(self, k: int, f_hat: Tensor) -> Tensor:
-        """Logits of scale k, [B or 2B, h * w, V], given f_hat [B, C, H, W] of the scales before."""
-        model = self.model
+    def logits(self, turn: Turn) -> Tensor:
+        """Logits of a scale, [B or 2B, h * w, V], given f_hat [B, C, H, W] of the scales before."""
+        model, k = self.model, turn.step
         start, end = model.layout.segments[k]
         if k == 0:
             x = self.condition.first
         else:
-            maps = model.tokenizer.quantize.next_map(f_hat, k)
+            maps = model.tokenizer.quantize.next_map(self.f_hat, k)
             x = model.word_embed(maps.to(model.word_embed.weight.dtype))
             x = x.repeat(2, 1, 1) if self.guided else x
         h = run_blocks(
@@ -330,6 +316,17 @@ class _CachedDecoder:
         )
         return model.head(h)
 
+    def feed(self, turn: Turn) -> None:
+        """Adds the codes of the scale to f_hat; a step that was handed out keeps its own."""
+        quantizer = self.model.tokenizer.quantize
+        if self.more_smooth and turn.step >= len(turn.run.given):
+            codes = _smooth_codes(turn, quantizer.embedding.weight).transpose(1, 2)
+            codes = codes.reshape(self.rows, -1, *turn.shape)
+        else:
+            codes = quantizer.code_map(turn.drawn, turn.step)
+        self.f_hat = self.f_hat.clone()
+        quantizer.accumulate_(self.f_hat, codes.to(self.f_hat.dtype), turn.step)
+
     def _attend(self, i: int, qkv: Tensor) -> Tensor:
         attn, cache = self.blocks[i].attn, self.caches[i]
         q = cache.append(qkv, self.q_scales[i], attn.l2_norm)
@@ -337,25 +334,26 @@ class _CachedDecoder:
         return out.transpose(1, 2).flatten(2)
 
 
-def _smooth_codes(
-    logits: Tensor, codebook: Tensor, guidance: float | None, progress: float, *,
-    top_k: int, top_p: float, seeds: Tensor, position: int,
-) -> Tensor:  # fmt: skip
+def _smooth_codes(turn: Turn, codebook: Tensor) -> Tensor:
     """Mixture of codes by a Gumbel softmax over the tokens that the filters keep: [B, l, C].
 
     The released "more_smooth": logits (1 + progress), temperature max(0.27 (1 - 0.95 progress), 0.005).
     """
-    logits = logits.float()
+    logits, guidance = turn.logits.float(), turn.guidance
+    progress = turn.step / max(len(turn.run.session.layout) - 1, 1)
+    settings = turn.run.sampler.settings(turn)
     if guidance is not None:
         cond, uncond = logits.chunk(2)
         logits = guidance * cond + (1 - guidance) * uncond
     tokens, vocab = logits.shape[1:]
-    kept = token_weights(logits.reshape(-1, vocab), top_k=top_k, top_p=top_p).view_as(logits) > 0
+    kept = token_weights(logits.reshape(-1, vocab), top_k=settings["top_k"], top_p=settings["top_p"]).view_as(
+        logits
+    )
     # a counter of its own per token and code; draw 1 keeps it apart from the token draws
-    u = philox_uniform(seeds, position * vocab, tokens * vocab, draw=1).view_as(logits)
+    u = philox_uniform(turn.run.seeds, turn.start * vocab, tokens * vocab, draw=1).view_as(logits)
     gumbel = -(-u.log()).log()
     tau = max(0.27 * (1 - 0.95 * progress), 0.005)
-    mixed = ((logits * (1 + progress) + gumbel) / tau).masked_fill(~kept, -torch.inf).softmax(-1)
+    mixed = ((logits * (1 + progress) + gumbel) / tau).masked_fill(kept == 0, -torch.inf).softmax(-1)
     return mixed @ codebook.float()
 
 

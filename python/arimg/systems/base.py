@@ -1,0 +1,101 @@
+"""What a system is: facts for the list, a tokenizer, a model that trains and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from arimg.data.images import Images
+from arimg.generators.loop import Sampler, Session, Turn, generate
+
+FAMILIES = ("next-scale", "next-frequency", "raster", "any-order", "speculative")
+
+
+class SystemModel(nn.Module):
+    """A generator of one system at any size. Subclasses define encode, loss, begin and decode.
+
+    sampler: its defaults for `generate`. A `commit` attribute is its rule; without one every token is final
+    at once. The tokenizer is not a submodule (`hidden`): it is saved beside the model.
+    """
+
+    sampler: Sampler
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in [0, 1] -> what training sees of them, [B, ...] (tokens, mostly)."""
+        raise NotImplementedError
+
+    def loss(self, examples: Tensor, labels: Tensor) -> Tensor:
+        """Of encoded images and their classes int64 [B], a scalar. In training mode classes may be
+        dropped.
+        """
+        raise NotImplementedError
+
+    def begin(self, condition: Any, guided: bool, **options: Any) -> Session:
+        """Opens a generation for class labels [B]."""
+        raise NotImplementedError
+
+    def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
+        """The pictures of a finished generation: [B, 3, S, S] in [0, 1]. tokens: of the steps that are
+        over.
+        """
+        raise NotImplementedError
+
+    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
+        """Ways to generate from (labels, seed): the system's own first, the plain method of the same network
+        last.
+        """
+        return {"system": lambda labels, seed: generate(self, labels, seed=seed)}
+
+    def pictures(self, labels: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
+        """Pictures of the given classes, [B, 3, S, S]; options are those of `generate`."""
+        session, tokens = None, []
+        for turn in generate(self, labels, seed=seed, **options):
+            session = turn.run.session
+            if turn.done:
+                tokens.append(turn.drawn)
+        assert session is not None
+        return self.decode(session, tokens)
+
+
+class Hidden:
+    """An attribute that holds a module without making it a submodule: its weights are saved elsewhere."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = "_hidden_" + name
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        return self if model is None else getattr(model, self.name)[0]
+
+    def __set__(self, model: Any, value: nn.Module) -> None:
+        object.__setattr__(model, self.name, (value,))
+
+
+@dataclass(frozen=True)
+class System:
+    """Facts of a system and how its small version is made.
+
+    tokenizer(images, folder): makes the tokenizer, or reads the one that it left in this folder; None: there
+    is none. make(tokenizer, classes): the model at its small size. paper: where it is published. tokens: of a
+    picture, at the small size. deviations: from the paper, and of released code from the paper.
+    """
+
+    name: str
+    title: str
+    family: str
+    paper: str
+    mechanism: str
+    tokenizer: Callable[[Images, Path], nn.Module | None]
+    make: Callable[[Any, int], SystemModel]
+    deviations: str = ""
+    image_size: int = 64
+    lr: float = 1e-3
+    batch_size: int = 32
+    steps: int = 600  # of training, until pictures are worth a look
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"expected a family of {FAMILIES}, got {self.family!r}")

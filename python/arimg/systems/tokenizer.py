@@ -1,0 +1,51 @@
+"""The tokenizer of the small systems that want one map of tokens: the bundled one, changed to a single
+scale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arimg import models, tokenizers
+from arimg.data.images import Images
+from arimg.tokenizers import VQVAE
+from arimg.train.loop import RunConfig, fit
+from arimg.train.tokenizer import TokenizerSettings, TokenizerTask
+
+SIZE = 64  # pixels of the bundled tokenizer's images
+
+
+def scale_tokenizer() -> VQVAE:
+    """The bundled tokenizer of VAR's kind: 64 px, scales 1, 2, 3, 5, 8, 1024 codes of 16."""
+    return models.load().tokenizer
+
+
+def grid_tokenizer(images: Images, folder: Path, steps: int = 600, vocab: int = 1024) -> VQVAE:
+    """A plain VQ tokenizer of 8 x 8 tokens, trained on these images from the bundled weights.
+
+    Its codes start on features of the data. Written to folder/tokenizer.safetensors, and read from there by
+    the next call.
+    """
+    path = folder / models.TOKENIZER_FILE
+    if path.exists():
+        return tokenizers.load(path)
+    model = _single_scale(scale_tokenizer(), vocab)
+    settings = TokenizerSettings(lr=5e-4, restart_until=steps // 2, bf16=True)
+    config = RunConfig(
+        folder / "tokenizer", steps=steps, batch_size=16, warmup=20, ema=0.99, grid_every=steps
+    )
+    trained = fit(TokenizerTask(model.train(), images, settings), config)
+    assert isinstance(trained, VQVAE)
+    tokenizers.save(trained, path)
+    return trained
+
+
+def _single_scale(source: VQVAE, vocab: int) -> VQVAE:
+    """The same encoder and decoder around a quantizer of one map, without a filter on its codes (ratio 0)."""
+    config = source.config()
+    model = VQVAE(
+        **{**config, "vocab_size": vocab, "scales": config["scales"][-1:], "shared_phi": 1, "ratio": 0}
+    )
+    kept = {k: v for k, v in source.state_dict().items() if not k.startswith("quantize.")}
+    model.load_state_dict(kept, strict=False)
+    return model
