@@ -20,7 +20,15 @@ def add_commands(commands: Any) -> None:
     inner = commands.add_parser("systems", help="the published systems: list, train, sample").add_subparsers(
         dest="systems", required=True, metavar="ACTION"
     )
-    _command(inner, "list", run_list, "all systems, with what was measured of them")
+    listing = _command(inner, "list", run_list, "all systems, with what was measured of them")
+    listing.add_argument("--markdown", action="store_true", help="as docs/systems.md")
+
+    bench = _command(inner, "bench", run_bench, "passes and milliseconds a picture, beside the plain method")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="systems (default: all that are trained)")
+    bench.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default runs)")
+    bench.add_argument("--n", type=int, default=4, help="pictures each (default 4)")
+    bench.add_argument("--json", type=Path, help="file to write; what it holds of other systems is kept")
+    bench.add_argument("--about", default="", help="machine and date in words, kept in the file")
 
     train = _command(inner, "train", run_train, "train the small version of a system on your pictures")
     train.add_argument("name", metavar="NAME")
@@ -51,10 +59,25 @@ def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) ->
 
 
 def run_list(args: argparse.Namespace) -> None:
-    from arimg.systems import systems
+    from arimg.systems import table
 
-    for system in systems().values():
-        print(f"{system.name:16} {system.family:14} {system.paper:20} {system.title}: {system.mechanism}")
+    print(table.markdown() if args.markdown else table.text(), end="" if args.markdown else "\n")
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from arimg.systems import find, measure, registry, systems
+
+    names = args.names or [n for n in systems() if (args.runs / n / registry.MODEL_FILE).exists()]
+    if not names:
+        raise ValueError(f"expected trained systems in {args.runs}, found none: `arimg systems train NAME`")
+    found = {}
+    for name in names:
+        trained = registry.load(args.runs / find(name).name)
+        found[name] = measure.measure(trained, args.n)
+        for way, w in found[name].ways.items():
+            print(f"{name:18} {way:28} {w.passes:7g} passes {w.ms:9.1f} ms", flush=True)
+    if args.json:
+        measure.write(found, args.about, args.json)
 
 
 def run_train(args: argparse.Namespace) -> None:
