@@ -28,6 +28,16 @@ def test_readme_block(number, tmp_path, monkeypatch):
     exec(compile(BLOCKS[number], f"README block {number}", "exec"), {})
 
 
+def test_generation_page_runs():
+    """Its blocks one after another, as a reader would."""
+    text = (ROOT / "docs" / "generation.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(block, "docs/generation.md", "exec"), names)
+    assert names["tokens"].shape == (2, 16)
+    assert [tuple(t.shape) for t in names["scales"]] == [(3, 1), (3, 4), (3, 16)]
+
+
 def test_readme_links_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), f"README links to {target}"
