@@ -100,7 +100,12 @@ class LlamaGen(nn.Module):
     @property
     def length(self) -> int:
         """Tokens of a picture."""
-        return self.grid * self.grid
+        return self.layout.length
+
+    @property
+    def layout(self) -> Layout:
+        """The steps of a picture; a subclass may take several tokens in one."""
+        return Layout.raster(self.grid, self.grid)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -151,19 +156,44 @@ class LlamaGen(nn.Module):
 
         n < length. In training a label becomes "no class" with probability `class_dropout`.
         """
-        labels = self.labels(labels)
+        labels = self.dropped(self.labels(labels))
         if indices.dim() != 2 or len(indices) != len(labels) or indices.shape[1] >= self.length:
             raise ValueError(
                 f"expected indices [{len(labels)}, n < {self.length}], got {list(indices.shape)}"
             )
-        if self.training and self.class_dropout > 0:
-            dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
-            labels = torch.where(dropped, self.num_classes, labels)
-        table, rope = self.cls_embedding.embedding_table, self.rope()
-        h = torch.cat((table(labels)[:, None], self.tok_embeddings(indices)), dim=1)
-        tokens = h.shape[1]
-        at = torch.arange(tokens, device=h.device)[None]
-        seen = ops.causal_intervals(tokens, device=h.device)
+        return self.teach(torch.cat((self.prefix(labels), self.embed(indices)), dim=1))
+
+    # What subclasses change: what stands before a picture, the inputs, which of them see which, the layers.
+
+    def prefix(self, labels: Tensor) -> Tensor:
+        """What stands before a picture of these classes (checked, [B]): [B, P, C]."""
+        embedded: Tensor = self.cls_embedding.embedding_table(labels)
+        return embedded[:, None]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, n] as inputs of the layers, [B, n, C]."""
+        embedded: Tensor = self.tok_embeddings(tokens)
+        return embedded
+
+    def intervals(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which inputs see which: (row_start, row_end) of a sequence with its prefix."""
+        return ops.causal_intervals(length, device=device)
+
+    def decoder(self) -> "Decoder":
+        """The layers and the head."""
+        return Decoder(self)
+
+    def dropped(self, labels: Tensor) -> Tensor:
+        """In training some of the checked labels become "no class"."""
+        if not self.training or self.class_dropout == 0:
+            return labels
+        dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
+        return torch.where(dropped, self.num_classes, labels)
+
+    def teach(self, h: Tensor) -> Tensor:
+        """All inputs of a sequence at once, [B, L, C]: the logits of each, differentiable."""
+        rope, at = self.rope(), torch.arange(h.shape[1], device=h.device)[None]
+        seen = self.intervals(h.shape[1], h.device)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             parts = qkv.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
@@ -171,7 +201,7 @@ class LlamaGen(nn.Module):
             out: Tensor = ops.row_interval_attention(q, k, parts[2], *seen)
             return out
 
-        return Decoder(self).run(h, attend, self.dropout if self.training else 0.0)
+        return self.decoder().run(h, attend, self.dropout if self.training else 0.0)
 
     @torch.no_grad()
     def generate(
@@ -203,8 +233,12 @@ class LlamaGen(nn.Module):
         window, the most drafts that a pass may look at.
         """
         labels = self.labels(condition)
-        rows = torch.cat((labels, torch.full_like(labels, self.num_classes))) if guided else labels
-        return LlamaSession(self, self.cls_embedding.embedding_table(rows)[:, None], len(labels), **options)
+        prefix = self.prefix(self.with_unconditional(labels, guided))
+        return LlamaSession(self, prefix, len(labels), **options)
+
+    def with_unconditional(self, labels: Tensor, guided: bool) -> Tensor:
+        """Labels of all rows of a generation: where guidance is on, "no class" for each behind them."""
+        return torch.cat((labels, torch.full_like(labels, self.num_classes))) if guided else labels
 
 
 class LlamaSession(Session):
@@ -218,19 +252,28 @@ class LlamaSession(Session):
     def __init__(
         self, model: LlamaGen, prefix: Tensor, rows: int, tokens: int | None = None, window: int = 0
     ) -> None:
-        tokens = model.length if tokens is None else tokens
-        if not 0 < tokens <= model.length:
-            raise ValueError(f"expected tokens from 1 to {model.length}, got {tokens}")
+        steps = model.layout.shapes
+        tokens = len(steps) if tokens is None else tokens
+        if not 0 < tokens <= len(steps):
+            raise ValueError(f"expected tokens from 1 to {len(steps)}, got {tokens}")
         self.model, self.rows, self.device = model, rows, prefix.device
-        self.layout = Layout.groups([1] * tokens)
-        self.decoder, self.rope = Decoder(model), _extended(model.rope(), window)
+        self.layout = Layout(steps[:tokens])
+        self.decoder, self.rope = model.decoder(), _extended(model.rope(), window)
         self.pending, self.last = prefix, torch.zeros(rows, dtype=torch.int64, device=prefix.device)
-        capacity = prefix.shape[1] + tokens - 1 + window
+        capacity = prefix.shape[1] + self.inputs() + window
         shape = (len(prefix), model.kv_heads, capacity, model.width // model.heads)
         self.caches = [KVCache(*shape, prefix.dtype, prefix.device) for _ in model.layers]
 
+    def inputs(self) -> int:
+        """How many inputs the tokens of all steps but the last are, whose keys and values are kept."""
+        return self.layout.length - self.layout.sizes[-1]
+
     def logits(self, turn: Turn) -> Tensor:
         """Logits of the tokens behind the last one and behind each draft, [B or 2B, 1 + drafts, V]."""
+        return self.run(turn)[:, self.pending.shape[1] - 1 :]
+
+    def run(self, turn: Turn) -> Tensor:
+        """Logits of the pending inputs and of the drafts behind them."""
         if turn.guidance is None and len(self.pending) > self.rows:
             self._drop_unconditional()
         x, drafts = self.pending, turn.drafts
@@ -240,14 +283,19 @@ class LlamaSession(Session):
         def attend(i: int, qkv: Tensor) -> Tensor:
             cache = self.caches[i]
             q = (cache.append if drafts is None else cache.peek)(qkv, rope=self.rope)
-            return cache.attend_causal(q)
+            return self.attend(cache, q)
 
-        return self.decoder.run(x, attend)[:, self.pending.shape[1] - 1 :]
+        return self.decoder.run(x, attend)
+
+    def attend(self, cache: KVCache, q: Tensor) -> Tensor:
+        """Attention of the newest queries over what they see."""
+        return cache.attend_causal(q)
 
     def feed(self, turn: Turn) -> None:
         """Of drafts each row keeps its own number; behind it the caches forget."""
         if turn.length is None:
             self.last = turn.drawn[:, -1]
+            self.pending = self._embed(turn.drawn)
         else:
             kept = turn.length.tolist()
             wanted = [self.pending.shape[1] - 1 + n for n in kept] * (len(self.pending) // self.rows)
@@ -255,10 +303,10 @@ class LlamaSession(Session):
                 cache.commit(wanted)
             newest = turn.drawn.gather(1, (turn.length - 1).clamp_min(0)[:, None])[:, 0]
             self.last = torch.where(turn.length > 0, newest, self.last)
-        self.pending = self._embed(self.last[:, None])
+            self.pending = self._embed(self.last[:, None])
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        h: Tensor = self.model.tok_embeddings(tokens)
+        h = self.model.embed(tokens)
         return h.repeat(len(self.pending) // self.rows, 1, 1)
 
     def _drop_unconditional(self) -> None:
@@ -301,14 +349,24 @@ class Decoder:
 
     def run(self, x: Tensor, attend: Attend, dropout: float = 0.0) -> Tensor:
         """x [B, L, C] -> logits [B, L, V], float32."""
-        h = _drop(x.float(), dropout)
-        for i, w in enumerate(self.layers):
+        return self.head(self.hidden(_drop(x.float(), dropout), x.dtype, attend, dropout))
+
+    def hidden(
+        self, h: Tensor, dtype: torch.dtype, attend: Attend, dropout: float = 0.0, start: int = 0,
+        end: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Layers start .. end - 1 of h [B, L, C], float32. dtype: of queries, keys and values."""
+        for i, w in enumerate(self.layers[start:end], start):
             n = ops.norm_modulate(h, w.norm1, self.shift, eps=self.eps, norm="rms")
-            qkv = narrow_linear(n, w.wqkv).unflatten(-1, (-1, self.head_dim)).to(x.dtype)
+            qkv = narrow_linear(n, w.wqkv).unflatten(-1, (-1, self.head_dim)).to(dtype)
             a = attend(i, qkv).transpose(1, 2).flatten(2).float()
             h = _add(h, a, w.wo, dropout)
             n = ops.norm_modulate(h, w.norm2, self.shift, eps=self.eps, norm="rms")
             h = _add(h, narrow_swiglu(n, w.w1, w.w3), w.w2, dropout)
+        return h
+
+    def head(self, h: Tensor) -> Tensor:
+        """Norm and classifier."""
         n = ops.norm_modulate(h, self.norm, self.shift, eps=self.eps, norm="rms")
         return narrow_linear(n, self.output)
 
