@@ -37,7 +37,7 @@ class _FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int) -> None:
         super().__init__()
         self.attention = _Attention(width, heads, kv_heads)
@@ -92,7 +92,7 @@ class LlamaGen(nn.Module):
 
         self.cls_embedding = _LabelEmbedding(num_classes + 1, width)
         self.tok_embeddings = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList(_Layer(width, heads, kv_heads, self.hidden) for _ in range(depth))
+        self.layers = nn.ModuleList(Layer(width, heads, kv_heads, self.hidden) for _ in range(depth))
         self.norm = nn.RMSNorm(width)
         self.output = nn.Linear(width, vocab_size, bias=False)
         self._initialise()
@@ -343,13 +343,13 @@ class Decoder:
 
     def __init__(self, model: LlamaGen) -> None:
         self.head_dim, self.eps = model.width // model.heads, model.eps
-        self.layers = [_weights(cast(_Layer, layer)) for layer in model.layers]
-        self.norm, self.output = _scale(model.norm), model.output.weight
+        self.layers = [_weights(cast(Layer, layer)) for layer in model.layers]
+        self.norm, self.output = norm_scale(model.norm), model.output.weight
         self.shift = torch.zeros_like(self.norm)
 
     def run(self, x: Tensor, attend: Attend, dropout: float = 0.0) -> Tensor:
         """x [B, L, C] -> logits [B, L, V], float32."""
-        return self.head(self.hidden(_drop(x.float(), dropout), x.dtype, attend, dropout))
+        return self.head(self.hidden(drop(x.float(), dropout), x.dtype, attend, dropout))
 
     def hidden(
         self, h: Tensor, dtype: torch.dtype, attend: Attend, dropout: float = 0.0, start: int = 0,
@@ -367,23 +367,26 @@ class Decoder:
 
     def head(self, h: Tensor) -> Tensor:
         """Norm and classifier."""
-        n = ops.norm_modulate(h, self.norm, self.shift, eps=self.eps, norm="rms")
-        return narrow_linear(n, self.output)
+        return narrow_linear(self.normed(h, self.norm), self.output)
+
+    def normed(self, h: Tensor, scale: Tensor) -> Tensor:
+        return ops.norm_modulate(h, scale, self.shift, eps=self.eps, norm="rms")
 
 
-def _weights(layer: _Layer) -> _Weights:
+def _weights(layer: Layer) -> _Weights:
     attention, ffn = layer.attention, layer.feed_forward
     return _Weights(
-        _scale(layer.attention_norm), attention.wqkv.weight, attention.wo.weight,
-        _scale(layer.ffn_norm), ffn.w1.weight, ffn.w3.weight, ffn.w2.weight,
+        norm_scale(layer.attention_norm), attention.wqkv.weight, attention.wo.weight,
+        norm_scale(layer.ffn_norm), ffn.w1.weight, ffn.w3.weight, ffn.w2.weight,
     )  # fmt: skip
 
 
-def _scale(norm: nn.RMSNorm) -> Tensor:
+def norm_scale(norm: nn.RMSNorm) -> Tensor:
+    """Its weight as the scale of `ops.norm_modulate`."""
     return (norm.weight.float() - 1)[None, None]
 
 
-def _drop(x: Tensor, rate: float) -> Tensor:
+def drop(x: Tensor, rate: float) -> Tensor:
     return F.dropout(x, rate) if rate else x
 
 
@@ -391,4 +394,4 @@ def _add(h: Tensor, x: Tensor, weight: Tensor, dropout: float) -> Tensor:
     """h + x weight^T, the end of a branch."""
     if not dropout:
         return narrow_linear(x, weight, h)
-    return h + _drop(narrow_linear(x, weight), dropout)
+    return h + drop(narrow_linear(x, weight), dropout)

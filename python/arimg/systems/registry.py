@@ -19,6 +19,8 @@ from arimg.systems.base import System, SystemModel
 MODULES = (
     "var",
     "llamagen",
+    "nar",
+    "token_shuffle",
 )
 MODEL_FILE = "model.safetensors"
 

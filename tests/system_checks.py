@@ -1,0 +1,60 @@
+"""What the tests of the small systems share: a tokenizer, weights at which every part matters, and the checks
+that every system passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arimg.generators.loop import Turn, generate
+from arimg.tokenizers import VQVAE
+
+LABELS, SEEDS = (1, 0, 2), (9, 3, 8)
+
+
+def tokenizer(side: int = 4, vocab: int = 40) -> VQVAE:
+    """One map of side x side tokens of pictures of 8 side pixels, untrained."""
+    torch.manual_seed(0)
+    return VQVAE(vocab, 8, 8, (1, 1, 1, 1), [side], blocks=1, shared_phi=1, ratio=0.0).eval()
+
+
+def spread(model: nn.Module) -> Any:
+    """Weights of order one, so that logits differ and depend on everything; in evaluation mode."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(std=1.5 * p.shape[1] ** -0.5, generator=generator)
+            else:
+                p.normal_(mean=1.0, std=0.5, generator=generator)
+    return model.eval()
+
+
+def turns_of(model: Any, labels: Sequence[int] = LABELS, **options: Any) -> list[Turn]:
+    options = {"seed": torch.tensor(SEEDS[: len(labels)]), **options}
+    return list(generate(model, torch.tensor(labels), **options))
+
+
+def tokens_of(turns: Sequence[Turn]) -> Tensor:
+    return torch.cat([turn.drawn for turn in turns], 1)
+
+
+def close(got: Tensor, expected: Tensor, rtol: float = 1e-5) -> bool:
+    """Within rounding of float32 sums, relative to the largest logit."""
+    assert got.shape == expected.shape
+    return bool((got - expected).abs().max() <= rtol * expected.abs().max()) and bool(expected.std() > 0.1)
+
+
+def check_rows_alone(model: Any, **options: Any) -> Tensor:
+    """Row b alone draws what it draws in the batch, and again; rows differ. Returns the batch's tokens."""
+    together = tokens_of(turns_of(model, **options))
+    assert torch.equal(tokens_of(turns_of(model, **options)), together)
+    for b, (label, seed) in enumerate(zip(LABELS, SEEDS)):
+        alone = tokens_of(turns_of(model, [label], seed=torch.tensor([seed]), **options))
+        assert torch.equal(alone[0], together[b])
+    assert not torch.equal(together[0], together[1])
+    return together

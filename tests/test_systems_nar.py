@@ -1,0 +1,121 @@
+"""NAR: diagonals, the mean of two heads, the same logits with and without caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import system_checks as checks
+from arimg.generators.loop import Sampler
+from arimg.systems import find
+from arimg.systems.nar import NarModel, sources
+
+SMALL = {"depth": 2, "width": 32, "heads": 2, "hidden": 48, "dropout": 0.0, "class_dropout": 0.0}
+
+
+def model(side: int = 4) -> NarModel:
+    return checks.spread(NarModel(checks.tokenizer(side), 3, **SMALL))
+
+
+@pytest.fixture(scope="module")
+def expected() -> Tensor:
+    return checks.tokens_of(checks.turns_of(model()))
+
+
+def test_names_and_shapes_are_the_released_ones() -> None:
+    full = checks.tokenizer(16, 40)
+    with torch.device("meta"):
+        m = NarModel(full, 1000, depth=12, width=768, heads=12)
+    shapes = {k: tuple(v.shape) for k, v in m.state_dict().items()}
+    assert sum(k.startswith("layers.") for k in shapes) == 13 * 7
+    assert shapes["layers.12.attention.wqkv.weight"] == (2304, 768)
+    assert shapes["layers.12.feed_forward.w1.weight"] == (2048, 768)
+    assert shapes["medusa_norm.weight"] == shapes["norm.weight"] == (768,)
+    assert shapes["medusa_output.weight"] == shapes["output.weight"] == (40, 768)
+    assert len(m.layout) == 31 and m.layout.sizes[15] == 16
+
+
+def test_a_pass_for_each_diagonal_and_what_each_predicts() -> None:
+    turns = checks.turns_of(model())
+    assert [t.drawn.shape[1] for t in turns] == [1, 2, 3, 4, 3, 2, 1]
+    assert [t.drawn.shape[1] for t in checks.turns_of(model(), raster=True)] == [1] * 16
+    by_hand = sources(torch.arange(4), 2)  # inputs: class, (0,0), (0,1), (1,0), (1,1)
+    assert by_hand.tolist() == [[0, 1], [2, 2], [3, 3], [6, 5]]
+
+
+def test_cached_logits_equal_teacher_forced_ones() -> None:
+    m = model()
+    turns = checks.turns_of(m)
+    labels = torch.tensor([*checks.LABELS, -1, -1, -1])
+    with torch.no_grad():
+        forced = m(labels, checks.tokens_of(turns)[:, :-1].repeat(2, 1))
+    assert checks.close(torch.cat([t.logits for t in turns], 1), forced)
+
+
+def test_the_first_row_has_only_the_right_head_and_the_first_column_only_the_one_below() -> None:
+    m, n = model(), 4
+    tokens = torch.randint(40, (1, 15), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = m(torch.tensor([0]), tokens)
+        m.medusa_output.weight.zero_()
+        after = m(torch.tensor([0]), tokens)
+    row, column = m.order // n, m.order % n
+    same = (before == after).all(-1)[0]
+    assert torch.equal(same, (row == 0) & (column > 0))
+    assert (after[0, (column == 0) & (row > 0)] == 0).all()
+
+
+def test_the_order_within_a_diagonal_changes_nothing() -> None:
+    m, twin = model(), model()
+    permutation = torch.cat([torch.arange(s, e).flip(0) for s, e in m.layout.segments])
+    twin.order = m.order[permutation]
+    tokens = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2])
+    with torch.no_grad():
+        a, b = m(labels, tokens[:, :-1]), twin(labels, tokens[:, permutation][:, :-1])
+    assert checks.close(b, a[:, permutation])
+
+
+def test_a_row_depends_on_its_label_and_seed_alone() -> None:
+    checks.check_rows_alone(model())
+    checks.check_rows_alone(model(), raster=True)
+    checks.check_rows_alone(model(), sampler=Sampler(top_k=5))
+
+
+def test_every_backend_draws_the_same_tokens(backend, expected: Tensor) -> None:
+    if backend.device == "cpu":
+        assert torch.equal(checks.tokens_of(checks.turns_of(model())), expected)
+
+
+def test_two_heads_learn_a_field_of_which_one_alone_guesses_a_column() -> None:
+    """Tokens that are the sum of two bits, one passed on to the right and one downwards."""
+    side, steps = 4, 120
+    losses = {}
+    for both in (True, False):
+        torch.manual_seed(0)
+        m = NarModel(checks.tokenizer(side, 4), 1, **{**SMALL, "depth": 1})
+        optimizer = torch.optim.Adam(m.parameters(), 1e-2)
+        for _ in range(steps):
+            x = 2 * torch.randint(2, (64, side, 1)) + torch.randint(2, (64, 1, side))
+            tokens = x.flatten(1)[:, m.order]
+            if not both:
+                m.medusa_output.weight.data.zero_()
+            loss = m.loss(tokens, torch.zeros(64, dtype=torch.int64))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[both] = float(loss.detach())
+    # 8 free bits in 16 tokens: log(2) / 2 each. Without what is below, the first column is a guess.
+    assert losses[True] < 0.45 and losses[False] > losses[True] + 0.1
+
+
+def test_pictures_stand_in_raster_order() -> None:
+    m = model()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    tokens = m.encode(pixels)
+    session = m.begin(torch.tensor([0, 1]), False)
+    assert torch.equal(m.decode(session, [tokens[:, :7], tokens[:, 7:]]), m.tokenizer.reconstruct(pixels))
+    assert list(m.ways()) == ["NAR", "token by token"] and find("nar").family == "raster"
+    with pytest.raises(ValueError, match=r"expected indices \[1, 15\], got \[1, 14\]"):
+        m(torch.tensor([0]), tokens[:1, :14])
