@@ -1,24 +1,5 @@
-"""Class labels, as every class-conditional generator takes them."""
+"""Class labels; see `arimg.nn.labels`."""
 
-from collections.abc import Sequence
+from arimg.nn.labels import class_labels
 
-import torch
-from torch import Tensor
-
-
-def class_labels(
-    labels: int | Sequence[int] | Tensor, num_classes: int, device: torch.device | None = None
-) -> Tensor:
-    """Check class labels and put "no class" (-1) at num_classes: int64 [B] on the device."""
-    out = torch.as_tensor(labels, device=device)
-    if out.is_floating_point() or out.is_complex() or out.dtype == torch.bool:
-        raise TypeError(f"expected integer labels, got {out.dtype}")
-    out = out.long().reshape(1) if out.dim() == 0 else out.long()
-    if out.dim() != 1 or not len(out):
-        raise ValueError(f"expected labels [B] with B > 0, got shape {list(out.shape)}")
-    wrong = (out < -1) | (out > num_classes)
-    if wrong.any():
-        raise ValueError(
-            f"expected labels from 0 to {num_classes - 1}, or -1 for no class, got {out[wrong][0].item()}"
-        )
-    return torch.where(out < 0, num_classes, out)
+__all__ = ["class_labels"]

@@ -24,6 +24,13 @@ class SystemModel(nn.Module):
 
     sampler: Sampler
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        hidden = getattr(type(self), name, None)
+        if isinstance(hidden, Hidden):  # nn.Module would register it before it asks the attribute
+            hidden.__set__(self, value)
+        else:
+            super().__setattr__(name, value)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Images [B, 3, S, S] in [0, 1] -> what training sees of them, [B, ...] (tokens, mostly)."""
         raise NotImplementedError

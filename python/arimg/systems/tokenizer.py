@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from arimg import models, tokenizers
 from arimg.data.images import Images
 from arimg.tokenizers import VQVAE
@@ -29,14 +32,45 @@ def grid_tokenizer(images: Images, folder: Path, steps: int = 600, vocab: int = 
     path = folder / models.TOKENIZER_FILE
     if path.exists():
         return tokenizers.load(path)
-    model = _single_scale(scale_tokenizer(), vocab)
-    settings = TokenizerSettings(lr=5e-4, restart_until=steps // 2, bf16=True)
+    model = _train(_single_scale(scale_tokenizer(), vocab), images, folder, steps, steps // 2)
+    tokenizers.save(model, path)
+    return model
+
+
+def quantizer_tokenizer(images: Images, folder: Path, quantizer: nn.Module, steps: int = 300) -> VQVAE:
+    """The bundled encoder and decoder around another quantizer, trained on these images.
+
+    quantizer: what `VQVAE` asks of a `ScaleQuantizer`: scales, channels, vocab_size, encode, features and the
+    training forward. Its codes are not restarted. Written and read as by `grid_tokenizer`.
+    """
+    model, path = around(quantizer), folder / models.TOKENIZER_FILE
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    model = _train(model, images, folder, steps, 0)
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
+    return model.eval()
+
+
+def around(quantizer: nn.Module) -> VQVAE:
+    """The bundled encoder and decoder around another quantizer."""
+    source = scale_tokenizer()
+    model = VQVAE(**source.config())
+    model.load_state_dict(source.state_dict())
+    model.quantize = quantizer  # type: ignore[assignment]
+    model._load_state_dict_pre_hooks.clear()  # which look for counts of codes
+    return model.eval()
+
+
+def _train(model: VQVAE, images: Images, folder: Path, steps: int, restart_until: int) -> VQVAE:
+    settings = TokenizerSettings(
+        lr=5e-4, restart_every=50 if restart_until else 0, restart_until=restart_until, bf16=True
+    )
     config = RunConfig(
         folder / "tokenizer", steps=steps, batch_size=16, warmup=20, ema=0.99, grid_every=steps
     )
     trained = fit(TokenizerTask(model.train(), images, settings), config)
     assert isinstance(trained, VQVAE)
-    tokenizers.save(trained, path)
     return trained
 
 
