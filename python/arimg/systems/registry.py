@@ -21,6 +21,7 @@ MODULES = (
     "infinity",
     "llamagen",
     "nar",
+    "jpeg_lm",
     "token_shuffle",
 )
 MODEL_FILE = "model.safetensors"
