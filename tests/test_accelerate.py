@@ -17,10 +17,10 @@ from standins import var as standin
 LABELS = torch.tensor([3, 7])
 
 
-def make(shared_aln=False, attn_l2_norm=True, trainable=False):
+def make(shared_aln=False, attn_l2_norm=True, trainable=False, **dropouts):
     torch.manual_seed(0)
     vae = standin.VQVAE()
-    model = standin.VAR(vae, shared_aln=shared_aln, attn_l2_norm=attn_l2_norm)
+    model = standin.VAR(vae, shared_aln=shared_aln, attn_l2_norm=attn_l2_norm, **dropouts)
     with torch.no_grad():
         for p in [*model.parameters(), *vae.parameters()]:
             p.normal_(std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
@@ -181,19 +181,63 @@ def test_replicas_of_data_parallel_run_their_own_parameters():
         assert torch.equal(block(x), want)
 
 
-def test_gradients_run_the_original_code():
-    model, vae = make(trainable=True)
-    codes = vae.img_to_idxBl(images())
-    x = vae.quantize.idxBl_to_var_input(codes).detach()
-    loss = scored(model, x).square().mean() + vae.fhat_to_img(torch.ones(1, 8, 4, 4)).mean()
-    loss.backward()
-    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+def trained(model, scale=-1, seed=5):
+    """Loss, gradients and the random number after them, of the first scales or all."""
+    model.prog_si, tokens = scale, (29 if scale < 0 else (0, 4, 13, 29)[scale])
+    rng = torch.Generator().manual_seed(2)
+    x = torch.randn(2, tokens, 8, generator=rng)
+    target = torch.randint(64, (2, tokens + 1), generator=rng)
+    torch.manual_seed(seed)
+    loss = nn.functional.cross_entropy(model(LABELS, x).flatten(0, 1), target.flatten())
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return loss.detach(), gradients, torch.rand(1)
+
+
+@pytest.mark.parametrize("scale", [-1, 0, 2])
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_training_gives_the_loss_and_the_gradients_of_the_original(shared_aln, scale):
+    """The same dropouts from the same seed, and as many random numbers."""
+    model, _ = make(shared_aln, trainable=True, drop=0.2, drop_path=0.4)
+    model.train()
+    want = trained(model, scale)
+    assert not torch.equal(trained(model, scale, seed=6)[0], want[0])
     with arimg.accelerate(model):
-        again = scored(model, x).square().mean() + vae.fhat_to_img(torch.ones(1, 8, 4, 4)).mean()
-        assert torch.equal(again, loss)
-        again.backward()
-    assert want and all(torch.equal(p.grad, want[n]) for n, p in model.named_parameters() if n in want)
+        got = trained(model, scale)
+    assert torch.allclose(got[0], want[0], atol=1e-6) and torch.equal(got[2], want[2])
+    largest = max(g.abs().max() for g in want[1] if g is not None)
+    for ours, theirs in zip(got[1], want[1]):
+        assert (ours is None) == (theirs is None)
+        assert theirs is None or torch.allclose(ours, theirs, atol=1e-5 * largest)
+
+
+def test_training_that_does_not_suit_runs_the_original():
+    def sequential(model):
+        model.word_embed = nn.Sequential(nn.Linear(8, 32), nn.Identity())
+
+    for change, attn_drop in (
+        (lambda m: None, 0.1),
+        (lambda m: m.blocks[0].attn.register_forward_hook(lambda *a: None), 0.0),
+        (sequential, 0.0),
+    ):
+        model, _ = make(trainable=True, attn_drop=attn_drop)
+        model.train()
+        with arimg.accelerate(model):
+            change(model)
+            got = trained(model)
+        want = trained(model)
+        assert all(torch.equal(a, b) for a, b in zip(got[1], want[1]) if b is not None)
+
+
+def test_gradients_of_the_decoder_run_the_original_code():
+    model, vae = make(trainable=True)
+    f_hat = torch.ones(1, 8, 4, 4)
+
+    def gradients():
+        return torch.autograd.grad(vae.fhat_to_img(f_hat).mean(), list(vae.decoder.parameters()))
+
+    want = gradients()
+    with arimg.accelerate(model):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), want))
 
 
 def test_inference_mode_autocast_and_dtype():

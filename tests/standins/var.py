@@ -187,9 +187,22 @@ class VQVAE(nn.Module):
         return self.decoder(self.post_quant_conv(f_hat)).clamp_(-1, 1)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, embed_dim, num_heads, attn_l2_norm):
+class DropPath(nn.Module):
+    def __init__(self, drop_prob):
         super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_prob).div_(1 - self.drop_prob)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, embed_dim, num_heads, attn_l2_norm, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop, inplace=True) if proj_drop > 0 else nn.Identity()
         self.num_heads, self.head_dim, self.attn_l2_norm = num_heads, embed_dim // num_heads, attn_l2_norm
         self.scale = 1 if attn_l2_norm else 0.25 / math.sqrt(self.head_dim)
         if attn_l2_norm:
@@ -214,24 +227,30 @@ class SelfAttention(nn.Module):
             k = torch.cat((self.cache["k"], k), dim=2) if self.cache else k
             v = torch.cat((self.cache["v"], v), dim=2) if self.cache else v
             self.cache = {"k": k, "v": v}
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=self.scale)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        dropout = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_bias, scale=self.scale, dropout_p=dropout
+        )
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class FFN(nn.Module):
-    def __init__(self, width, hidden):
+    def __init__(self, width, hidden, drop=0.0):
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width)
+        self.drop = nn.Dropout(drop, inplace=True) if drop > 0 else nn.Identity()
 
     def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+        return self.drop(self.fc2(self.act(self.fc1(x))))
 
 
 class AdaLNSelfAttn(nn.Module):
-    def __init__(self, C, num_heads, shared_aln, attn_l2_norm):
+    def __init__(self, C, num_heads, shared_aln, attn_l2_norm, drop=0.0, attn_drop=0.0, drop_path=0.0):
         super().__init__()
         self.C, self.shared_aln = C, shared_aln
-        self.attn, self.ffn = SelfAttention(C, num_heads, attn_l2_norm), FFN(C, 4 * C)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.attn = SelfAttention(C, num_heads, attn_l2_norm, attn_drop, drop)
+        self.ffn = FFN(C, 4 * C, drop)
         self.ln_wo_grad = nn.LayerNorm(C, eps=1e-6, elementwise_affine=False)
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, C) / C**0.5)
@@ -241,8 +260,8 @@ class AdaLNSelfAttn(nn.Module):
     def forward(self, x, cond_BD, attn_bias):
         six = self.ada_gss + cond_BD if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
-        x = x + self.attn(self.ln_wo_grad(x) * (scale1 + 1) + shift1, attn_bias) * gamma1
-        return x + self.ffn(self.ln_wo_grad(x) * (scale2 + 1) + shift2) * gamma2
+        x = x + self.drop_path(self.attn(self.ln_wo_grad(x) * (scale1 + 1) + shift1, attn_bias) * gamma1)
+        return x + self.drop_path(self.ffn(self.ln_wo_grad(x) * (scale2 + 1) + shift2) * gamma2)
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -262,7 +281,9 @@ class SharedAdaLin(nn.Linear):
 
 
 class VAR(nn.Module):
-    def __init__(self, vae_local, depth=2, embed_dim=32, num_heads=2, shared_aln=False, attn_l2_norm=True):
+    def __init__(
+        self, vae_local, depth=2, embed_dim=32, num_heads=2, shared_aln=False, attn_l2_norm=True, **dropouts
+    ):
         super().__init__()
         self.C, self.num_heads, self.num_classes, self.cond_drop_rate = embed_dim, num_heads, 10, 0.1
         self.patch_nums, self.prog_si = vae_local.quantize.v_patch_nums, -1
@@ -279,7 +300,7 @@ class VAR(nn.Module):
         adaln = nn.Sequential(nn.SiLU(), SharedAdaLin(embed_dim, 6 * embed_dim))
         self.shared_ada_lin = adaln if shared_aln else nn.Identity()
         self.blocks = nn.ModuleList(
-            AdaLNSelfAttn(embed_dim, num_heads, shared_aln, attn_l2_norm) for _ in range(depth)
+            AdaLNSelfAttn(embed_dim, num_heads, shared_aln, attn_l2_norm, **dropouts) for _ in range(depth)
         )
         level = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         self.register_buffer("lvl_1L", level[None])
@@ -326,11 +347,17 @@ class VAR(nn.Module):
         return self.vae_proxy[0].fhat_to_img(f_hat).add(1).mul(0.5)
 
     def forward(self, label_B, x_BLCv_wo_first_l):
+        end = sum(pn * pn for pn in self.patch_nums[: self.prog_si + 1]) if self.prog_si >= 0 else self.L
         dropped = torch.rand(len(label_B)) < self.cond_drop_rate
         cond = self.class_emb(torch.where(dropped, self.num_classes, label_B))
-        x = torch.cat((cond[:, None] + self.pos_start, self.word_embed(x_BLCv_wo_first_l)), dim=1)
-        x = x + self.lvl_embed(self.lvl_1L) + self.pos_1LC
+        x = cond[:, None] + self.pos_start
+        if self.prog_si != 0:
+            x = torch.cat((x, self.word_embed(x_BLCv_wo_first_l)), dim=1)
+        x = x + self.lvl_embed(self.lvl_1L[:, :end]) + self.pos_1LC[:, :end]
         shared = self.shared_ada_lin(cond)
         for block in self.blocks:
-            x = block(x, shared, self.attn_bias_for_masking)
-        return self.head(self.head_nm(x, cond))
+            x = block(x, shared, self.attn_bias_for_masking[:, :, :end, :end])
+        logits = self.head(self.head_nm(x, cond))
+        if self.prog_si == 0:
+            logits[0, 0, 0] += self.word_embed.weight[0, 0] * 0 + self.word_embed.bias[0] * 0
+        return logits

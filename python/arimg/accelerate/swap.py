@@ -61,3 +61,12 @@ def restore(module: Any) -> None:
     """Gives the module its own class back; does nothing to one that has it."""
     if is_swapped(module):
         module.__class__ = module._arimg[0]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a part of the module has a hook that a composition around the part would not call."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in module.modules()
+        if m is not module
+    )

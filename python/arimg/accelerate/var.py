@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.accelerate.report import Report
-from arimg.accelerate.swap import Mixin
+from arimg.accelerate.swap import Mixin, has_hooks
 from arimg.accelerate.view import misfit, view_of
 from arimg.generators.var import VAR
 from arimg.layout import Layout
@@ -69,8 +69,8 @@ def _generator_view(module: Any) -> VAR:
 
 
 class _Generator(Mixin):
-    """Sampling: caches allocated once, fused norms and sampling, constants computed once. Scoring without
-    gradients: no mask.
+    """Sampling: caches allocated once, fused norms and sampling, constants computed once. Scoring and
+    training: no mask.
     """
 
     weights_dtype: torch.dtype | None
@@ -109,15 +109,56 @@ class _Generator(Mixin):
 
     def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
         module: Any = self
-        wants_gradient = torch.is_grad_enabled() and (
-            x_BLCv_wo_first_l.requires_grad or any(p.requires_grad for p in module.parameters())
-        )
-        if wants_gradient or module.training or module.prog_si >= 0:
+        view = None if _needs_the_original(module) else _scorer(module, x_BLCv_wo_first_l)
+        if view is None:
             return super().forward(label_B, x_BLCv_wo_first_l)  # type: ignore[misc, no-any-return]
-        # The original drops labels in evaluation too, from the global generator.
-        dropped = torch.rand(len(label_B), device=label_B.device) < module.cond_drop_rate
-        label_B = torch.where(dropped, module.num_classes, label_B)
-        return _generator(module)(label_B, x_BLCv_wo_first_l.float())
+        return _teacher_forcing(module, view, label_B, x_BLCv_wo_first_l)
+
+
+def _needs_the_original(module: Any) -> bool:
+    """Whether the forward has what our composition lacks: dropout of attention weights, hooks of parts."""
+    dropout = any(getattr(b.attn, "attn_drop", 0) and b.attn.training for b in module.blocks)
+    return dropout or has_hooks(module)
+
+
+def _scorer(module: Any, x: Tensor) -> VAR | None:
+    """The view that scores: the shared parameters themselves where a gradient may be wanted."""
+    wanted = x.requires_grad or any(p.requires_grad for p in module.parameters())
+    if not (module.training or (wanted and torch.is_grad_enabled())):
+        return _generator(module)
+    return None if misfit(module, _generator_view) else view_of(module, _generator_view)
+
+
+def _teacher_forcing(module: Any, view: VAR, label_B: Tensor, x: Tensor) -> Tensor:
+    """The original's forward, with its dropouts in its order, over key intervals instead of a mask.
+
+    Progressive training (prog_si >= 0) scores the first scales alone.
+    """
+    device, last = module.pos_1LC.device, module.prog_si
+    scales = last + 1 if last >= 0 else len(view.layout)
+    length = view.layout.segments[scales - 1][1]
+    # The original drops labels in evaluation too, from the global generator.
+    dropped = torch.rand(len(x), device=label_B.device) < module.cond_drop_rate
+    condition = view._condition(view.labels(torch.where(dropped, module.num_classes, label_B)))
+    with torch.autocast(device.type, enabled=False):
+        parts = [condition.first]
+        if last != 0:
+            parts.append(view.word_embed(x.to(view.word_embed.weight.dtype)))
+        embedded = torch.cat(parts, dim=1) + view._positions()[:, :length]
+    if torch.is_autocast_enabled(device.type):
+        embedded = embedded.to(torch.get_autocast_dtype(device.type))
+
+    def drop(i: int, branch: str, y: Tensor) -> Tensor:
+        block = module.blocks[i]
+        own = getattr(block.attn, "proj_drop", None) if branch == "attn" else getattr(block.ffn, "drop", None)
+        y = y if own is None else own(y)
+        path = getattr(block, "drop_path", None)
+        return y if path is None else path(y)
+
+    logits = view._score(embedded, condition, drop, scales).float()
+    if last == 0:  # no token is embedded, yet data-parallel training wants a gradient for every parameter
+        logits = logits + sum(p.sum() for p in view.word_embed.parameters()) * 0
+    return logits
 
 
 class _Quantizer(Mixin):
@@ -175,7 +216,7 @@ def recognise_var(report: Report, path: str, module: nn.Module) -> bool:
     if reason:
         report.keep(module, path, reason)
     else:
-        note = "sampling on caches allocated once, fused norms, sampler and pyramid; scoring without a mask"
+        note = "sampling on caches allocated once, fused norms, sampler and pyramid; training without a mask"
         report.swap_generator(module, _Generator, path, note)
     return True
 

@@ -16,7 +16,7 @@ from arimg.generators.loop import Sampler, Session, Turn, generate
 from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.layout import Layout
 from arimg.nn import checkpoint
-from arimg.nn.adaln import AdaLNBeforeHead, AdaLNBlock, HeadModulation, Modulation, run_blocks
+from arimg.nn.adaln import AdaLNBeforeHead, AdaLNBlock, Drop, HeadModulation, Modulation, run_blocks
 from arimg.nn.linear import Linear
 from arimg.reference.kv_cache import split_qk_norm
 from arimg.reference.sampling import philox_uniform, token_weights
@@ -216,18 +216,26 @@ class VAR(nn.Module):
         if self.training and self.class_dropout > 0:
             dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
             labels = torch.where(dropped, self.num_classes, labels)
-        row_start, row_end = self.layout.intervals("level-causal", x.device)
+        condition = self._condition(labels)
+        embedded = torch.cat((condition.first, self.word_embed(x.to(self.word_embed.weight.dtype))), dim=1)
+        return self._score(embedded + self._positions(), condition).float()
+
+    def _score(
+        self, x: Tensor, condition: _Condition, drop: Drop | None = None, scales: int | None = None
+    ) -> Tensor:
+        """Logits of the embedded tokens of all or the first scales at once: x [B, n, C] -> [B, n, V]."""
+        layout = self.layout if scales is None else Layout(self.layout.shapes[:scales])
+        seen = layout.visibility("level-causal", device=x.device)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             attn = self._blocks[i].attn
             q, k, v = split_qk_norm(qkv, attn.q_scale(), attn.l2_norm)
-            out = ops.row_interval_attention(q, k, v, row_start, row_end, scale=attn.softmax_scale)
+            out = ops.row_interval_attention(
+                q, k, v, seen.row_start, seen.row_end, scale=attn.softmax_scale, plan=seen.plan
+            )
             return out.transpose(1, 2).flatten(2)
 
-        condition = self._condition(labels)
-        embedded = torch.cat((condition.first, self.word_embed(x.to(self.word_embed.weight.dtype))), dim=1)
-        h = run_blocks(self._blocks, embedded + self._positions(), condition.blocks, condition.head, attend)
-        return self.head(h).float()
+        return self.head(run_blocks(self._blocks, x, condition.blocks, condition.head, attend, drop=drop))
 
     def generate(
         self,

@@ -18,6 +18,8 @@ MAX_LOG_SCALE = math.log(100)
 
 # (block, qkv [B, L, 3, H, D]) -> attention output [B, L, H * D]
 Attend = Callable[[int, Tensor], Tensor]
+# (block, "attn" or "ffn", the branch [B, L, C]) -> the branch with what training drops of it
+Drop = Callable[[int, str, Tensor], Tensor]
 
 
 class Modulation(NamedTuple):
@@ -127,19 +129,22 @@ def run_blocks(
     last: HeadModulation,
     attend: Attend,
     *,
+    drop: Drop | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
     """All blocks and the norm before the head: x [B, L, C] -> [B, L, C].
 
-    `attend(i, qkv)` is the attention of block i. Under autocast the residual stream keeps the type of x.
+    `attend(i, qkv)` is the attention of block i; `drop` takes the place of its stochastic depth. Under
+    autocast the residual stream keeps the type of x.
     """
+    drop = drop or (lambda i, _, y: blocks[i].drop(y))
     modulations = [Modulation(*(t.to(x.dtype) for t in m)) for m in modulations]
     last = HeadModulation(*(t.to(x.dtype) for t in last))
     h = ops.norm_modulate(x, modulations[0].scale1, modulations[0].shift1, eps=eps)
     for i, (block, m) in enumerate(zip(blocks, modulations)):
-        y = block.drop(block.attn.proj(attend(i, block.attn.qkv(h))))
+        y = drop(i, "attn", block.attn.proj(attend(i, block.attn.qkv(h))))
         x, h = ops.gated_residual_norm(x, y.to(x.dtype), m.gate1, m.scale2, m.shift2, eps=eps)
-        y = block.drop(block.ffn(h))
+        y = drop(i, "ffn", block.ffn(h))
         if i + 1 < len(blocks):
             scale, shift = modulations[i + 1].scale1, modulations[i + 1].shift1
         else:
