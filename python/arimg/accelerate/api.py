@@ -7,6 +7,7 @@ from torch import nn
 
 from arimg.accelerate import swap
 from arimg.accelerate.autoencoder import recognise_autoencoder
+from arimg.accelerate.graphs import Backend, Graphs
 from arimg.accelerate.llamagen import recognise_llamagen
 from arimg.accelerate.report import Entry, Report
 from arimg.accelerate.var import recognise_var, recognise_var_quantizer
@@ -22,7 +23,9 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
 )
 
 
-def accelerate(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report:
+def accelerate(
+    model: nn.Module, *, dtype: torch.dtype | None = None, graphs: bool | Backend = False
+) -> Report:
     """Replaces the known parts of a model, in place, by faster ones with the same results.
 
     Parts are recognised by their structure and names; the package they come from is neither imported nor
@@ -32,6 +35,9 @@ def accelerate(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report:
 
     dtype: torch.bfloat16 or torch.float16 runs a generator's transformer in this type, on a copy of its
     weights (half the original's memory on top), made anew when they change.
+    graphs: the steps of a generator are captured as CUDA graphs, each at the second call of its shape, and
+    replayed; their memory stays taken between pictures. Where that is not possible the report says why. A
+    `graphs.Backend` captures in another way.
 
     Returns the report of what was replaced, what was not and why. Raises TypeError for
     something that is no module or no such dtype, and ValueError for a model that is accelerated already.
@@ -43,7 +49,10 @@ def accelerate(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report:
     parts = list(_parts(model))
     if any(swap.is_swapped(module) for _, module in parts):
         raise ValueError("expected a model that is not accelerated yet; call restore() of its report first")
-    report = Report(type(model).__name__, dtype=dtype)
+    shared = None
+    if graphs:
+        shared = Graphs() if graphs is True else Graphs(graphs)
+    report = Report(type(model).__name__, dtype=dtype, graphs=shared)
     for path, module in parts:
         any(recognise(report, path, module) for _, recognise in RECOGNISERS)
     if not report.replaced and not report.kept:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from arimg import ops
+from arimg.accelerate.graphs import GraphedStep, Graphs
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
 from arimg.accelerate.view import misfit, view_of
@@ -21,6 +22,8 @@ class _Plan(NamedTuple):
 
     decoder: Decoder
     rope: Rope
+    caches: list[Any]
+    graphed: GraphedStep | None  # (x, position [1, 1]) -> logits
 
 
 _plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
@@ -48,6 +51,7 @@ class _Generator(Mixin):
     """One token for each row of a batch, from the caches that the original code allocated."""
 
     weights_dtype: torch.dtype | None
+    graphs: Graphs | None
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
         module: Any = self
@@ -70,18 +74,36 @@ class _Generator(Mixin):
             return super().forward(idx, cond_idx, input_pos, targets, mask, valid)  # type: ignore[misc, no-any-return]
         x = module.tok_embeddings(idx) if cond_idx is None else module.cls_embedding(cond_idx, train=False)
         plan = _plans.get(module) if cond_idx is None else None
-        plan = plan or _new_plan(module)
         caches = [layer.attention.kv_cache for layer in module.layers]
+        if plan is None or any(a is not b for a, b in zip(caches, plan.caches)):
+            plan = _new_plan(module)
         if not _fits(x, caches[0].k_cache, plan):
             return super().forward(idx, cond_idx, input_pos)  # type: ignore[misc, no-any-return]
-        start, positions, length = _place(input_pos, len(x))
+        if plan.graphed is not None and module.graphs.usable(x.device):
+            return plan.graphed(x, input_pos.int().view(1, 1))[0], None
+        return _step(plan, x, *_place(input_pos, len(x))), None
 
-        def attend(i: int, qkv: Tensor) -> Tensor:
-            k, v = caches[i].k_cache, caches[i].v_cache
-            q = ops.append_(k, v, qkv, start, positions=positions, rope=plan.rope)
-            return ops.cached_attention(q, k, v, length)
 
-        return plan.decoder.run(x, attend), None
+def _step(plan: _Plan, x: Tensor, start: int, positions: Tensor | None, length: int | Tensor) -> Tensor:
+    """Logits of the next token, whose keys and values join the caches."""
+
+    def attend(i: int, qkv: Tensor) -> Tensor:
+        k, v = plan.caches[i].k_cache, plan.caches[i].v_cache
+        q = ops.append_(k, v, qkv, start, positions=positions, rope=plan.rope)
+        return ops.cached_attention(q, k, v, length)
+
+    return plan.decoder.run(x, attend)
+
+
+def _graphed(plan: _Plan, graphs: Graphs) -> GraphedStep:
+    """The step with its position on the device. A plan and its caches last for one picture, and so do its
+    graphs; what the caches' memory is watched for is a move of them.
+    """
+
+    def step(x: Tensor, position: Tensor) -> tuple[Tensor]:
+        return (_step(plan, x, 0, position, (position + 1).flatten().expand(len(x))),)
+
+    return graphs.step(step, lambda: [t for c in plan.caches for t in (c.k_cache, c.v_cache)])
 
 
 def _is_step(module: Any, idx: Tensor | None, cond_idx: Tensor | None, input_pos: Tensor) -> bool:
@@ -113,7 +135,11 @@ def _version(t: Tensor) -> int:
 def _new_plan(module: Any) -> _Plan:
     dtype = module.weights_dtype if module.output.weight.dtype == torch.float32 else None
     view, table = view_of(module, _view, dtype), module.freqs_cis
-    plan = _Plan(Decoder(view), Rope(table[..., 0].contiguous(), table[..., 1].contiguous()))
+    rope = Rope(table[..., 0].contiguous(), table[..., 1].contiguous())
+    caches = [layer.attention.kv_cache for layer in module.layers]
+    plan = _Plan(Decoder(view), rope, caches, None)
+    if module.graphs is not None:
+        plan = plan._replace(graphed=_graphed(plan, module.graphs))
     _plans[module] = plan
     return plan
 

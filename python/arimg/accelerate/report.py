@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from arimg.accelerate import swap
+from arimg.accelerate.graphs import Graphs
 from arimg.accelerate.swap import Mixin
 
 
@@ -30,6 +31,7 @@ class Report:
     replaced: list[Entry] = field(default_factory=list)
     kept: list[Entry] = field(default_factory=list)
     dtype: torch.dtype | None = None  # of the weights of large matrix products; None: their own
+    graphs: Graphs | None = None  # of a generator's steps, where asked for
     memory: int = 0  # bytes beyond the original's
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
 
@@ -41,7 +43,7 @@ class Report:
 
     def swap_generator(self, module: nn.Module, mixin: type[Mixin], path: str, note: str) -> None:
         """`swap` for a generator, which may run on a copy of its weights (`dtype`)."""
-        self.swap(module, mixin, path, note, weights_dtype=self.dtype)
+        self.swap(module, mixin, path, note, weights_dtype=self.dtype, graphs=self.graphs)
         if self.dtype is not None:
             self.memory += self.dtype.itemsize * sum(p.numel() for p in module.parameters())
 
@@ -69,7 +71,8 @@ class Report:
             lines += [f"  {title}:" if entries else f"  {title}: nothing"]
             lines += [f"    {path}: {part}: {note}" for path, part, note in _grouped(entries)]
         extra = f"{self.memory / 2**20:.0f} MiB" if self.memory else "nothing"
-        return "\n".join([*lines, f"  memory beyond the original's: {extra}"])
+        lines += [f"  memory beyond the original's: {extra}"]
+        return "\n".join(lines if self.graphs is None else [*lines, f"  CUDA graphs: {self.graphs}"])
 
 
 def _grouped(entries: list[Entry]) -> list[tuple[str, str, str]]:

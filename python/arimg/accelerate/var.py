@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from arimg import ops
+from arimg.accelerate.graphs import Graphs
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin, has_hooks
+from arimg.accelerate.var_graphs import Sessions
 from arimg.accelerate.view import misfit, view_of
-from arimg.generators.var import VAR
+from arimg.generators.var import VAR, VarSession
 from arimg.layout import Layout
 from arimg.nn.scale_quantizer import ScaleQuantizer
 from arimg.tokenizers.vqvae import VQVAE
@@ -45,16 +47,27 @@ class _Tokenizer(VQVAE):
         return image.add(1).mul(0.5)
 
 
-def _generator(module: Any) -> VAR:
+class _View(VAR):
+    """Ours over their weights, whose generations may run on graphs."""
+
+    sessions: Sessions | None = None
+
+    def begin(self, condition: Any, guided: bool, **options: Any) -> VarSession:
+        if self.sessions is None:
+            return super().begin(condition, guided, **options)
+        return self.sessions.begin(self, self.labels(condition), guided, **options)
+
+
+def _generator(module: Any) -> _View:
     view_of(module.vae_proxy[0].quantize, _quantizer_view)  # shared anew where it was replaced
     dtype = module.weights_dtype
     return view_of(module, _generator_view, dtype if module.pos_1LC.dtype == torch.float32 else None)
 
 
-def _generator_view(module: Any) -> VAR:
+def _generator_view(module: Any) -> _View:
     """Ours for a VAR, without its weights."""
     block = module.blocks[0]
-    view = VAR(
+    view = _View(
         _Tokenizer(module.vae_proxy[0]),
         module.num_classes,
         len(module.blocks),
@@ -74,6 +87,7 @@ class _Generator(Mixin):
     """
 
     weights_dtype: torch.dtype | None
+    graphs: Graphs | None
 
     @torch.no_grad()
     def autoregressive_infer_cfg(
@@ -98,7 +112,8 @@ class _Generator(Mixin):
             label_B = torch.full((B,), label_B, device=device)
         if g_seed is None:  # as the original, from torch's global generator
             g_seed = int(torch.randint(2**62, (1,)))
-        return view.generate(
+        view.sessions = None if module.graphs is None else Sessions(module, module.graphs)
+        image = view.generate(
             label_B,
             cfg=cfg,
             top_k=top_k,
@@ -106,6 +121,10 @@ class _Generator(Mixin):
             seed=g_seed,
             more_smooth=more_smooth,
         )
+        if view.sessions is not None:
+            view.sessions.end()
+            view.sessions = None
+        return image
 
     def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
         module: Any = self

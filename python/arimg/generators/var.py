@@ -294,25 +294,35 @@ class VarSession(Session):
         self.model, self.blocks, self.guided, self.more_smooth = model, model._blocks, guided, more_smooth
         self.layout, self.rows, self.device = model.layout, len(labels), labels.device
         self.f_hat = model.tokenizer.quantize.empty(self.rows)
-        rows = torch.cat((labels, torch.full_like(labels, model.num_classes))) if guided else labels
-        self.condition = model._condition(rows)
-        self.positions = model._positions()
-        self.q_scales = [block.attn.q_scale() for block in model._blocks]
+        rows = self._start(labels)
         p = model.pos_1LC
-        shape = (len(rows), model.heads, model.layout.length, model.width // model.heads)
+        shape = (rows, model.heads, model.layout.length, model.width // model.heads)
         dtype, kind = p.dtype, p.device.type  # under autocast keys and values come in its type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         self.caches = [KVCache(*shape, dtype=dtype, device=p.device) for _ in self.blocks]
 
+    def _start(self, labels: Tensor) -> int:
+        """Computes the constants; the number of rows."""
+        nothing = torch.full_like(labels, self.model.num_classes)
+        rows = torch.cat((labels, nothing)) if self.guided else labels
+        self.condition = self.model._condition(rows)
+        self.positions = self.model._positions()
+        self.q_scales = [block.attn.q_scale() for block in self.blocks]
+        return len(rows)
+
     def logits(self, turn: Turn) -> Tensor:
-        """Logits of a scale, [B or 2B, h * w, V], given f_hat [B, C, H, W] of the scales before."""
-        model, k = self.model, turn.step
+        """Logits of a scale, [B or 2B, h * w, V]."""
+        return self._step(turn.step, self.f_hat)
+
+    def _step(self, k: int, f_hat: Tensor) -> Tensor:
+        """Logits of scale k, given f_hat [B, C, H, W] of the scales before."""
+        model = self.model
         start, end = model.layout.segments[k]
         if k == 0:
             x = self.condition.first
         else:
-            maps = model.tokenizer.quantize.next_map(self.f_hat, k)
+            maps = model.tokenizer.quantize.next_map(f_hat, k)
             x = model.word_embed(maps.to(model.word_embed.weight.dtype))
             x = x.repeat(2, 1, 1) if self.guided else x
         h = run_blocks(
