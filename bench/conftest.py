@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,27 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 import pytest
 import torch
 
-from arimg import _library, ops
+from arimg import _library
+from arimg.benchmark import best, reads
 
 OURS = "arimg"
 _rows: list[dict[str, Any]] = []
 _ceilings: dict[str, float] = {}
-
-
-def _best(function: Callable[[], object], rounds: int) -> float:
-    function()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _reads(source: torch.Tensor) -> list[Callable[[], object]]:
-    """Ways of reading every element once; the fastest is the ceiling (one stream may not reach it)."""
-    rows, one = source.view(-1, 4096), torch.ones(1, 4096)
-    return [source.sum, source.max, lambda: rows.sum(1), lambda: ops.linear_rows(one, rows)]
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +41,9 @@ def ceilings() -> dict[str, float]:
         source = torch.rand(32 * 2**20)
         target = torch.empty_like(source)
         a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-        _ceilings["copy GB/s"] = 2 * source.nbytes / _best(lambda: target.copy_(source), rounds) / 1e9
-        _ceilings["read GB/s"] = source.nbytes / min(_best(f, rounds) for f in _reads(source)) / 1e9
-        _ceilings["sgemm GFLOP/s"] = 2 * 1024**3 / _best(lambda: a @ b, rounds) / 1e9
+        _ceilings["copy GB/s"] = 2 * source.nbytes / best(lambda: target.copy_(source), rounds) / 1e9
+        _ceilings["read GB/s"] = source.nbytes / min(best(f, rounds) for f in reads(source)) / 1e9
+        _ceilings["sgemm GFLOP/s"] = 2 * 1024**3 / best(lambda: a @ b, rounds) / 1e9
     return _ceilings
 
 
@@ -84,7 +68,7 @@ def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
         ceiling: str = "copy",
     ) -> float:
         benchmark.group = group
-        once = _best(function, 1)  # also the warm-up
+        once = best(function, 1)  # also the warm-up
         rounds = 1 if SMOKE else rounds or max(5, min(100, int(1.5 / max(once, 1e-6))))
         # Short calls are timed in a loop, so that the clock's resolution does not show.
         inner = 1 if SMOKE else max(1, int(2e-4 / max(once, 1e-7)))

@@ -113,18 +113,20 @@ class _Generator(Mixin):
         if g_seed is None:  # as the original, from torch's global generator
             g_seed = int(torch.randint(2**62, (1,)))
         view.sessions = None if module.graphs is None else Sessions(module, module.graphs)
-        image = view.generate(
-            label_B,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p if top_p > 0 else 1.0,
-            seed=g_seed,
-            more_smooth=more_smooth,
-        )
-        if view.sessions is not None:
-            view.sessions.end()
+        try:
+            image = view.generate(
+                label_B,
+                cfg=cfg,
+                top_k=top_k,
+                top_p=top_p if top_p > 0 else 1.0,
+                seed=g_seed,
+                more_smooth=more_smooth,
+            )
+            if view.sessions is not None:
+                view.sessions.end()
+            return image
+        finally:
             view.sessions = None
-        return image
 
     def forward(self, label_B: Tensor, x_BLCv_wo_first_l: Tensor) -> Tensor:
         module: Any = self

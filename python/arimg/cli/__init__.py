@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from arimg.cli import pictures, systems, training
+from arimg.cli import bench, pictures, systems, training
 
 __all__ = ["main"]
 
@@ -19,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     pictures.add_commands(commands)
     training.add_commands(commands)
     systems.add_commands(commands)
+    bench.add_commands(commands)
     return parser
 
 

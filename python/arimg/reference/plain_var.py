@@ -6,14 +6,20 @@ top-k and top-p sort, and the decoder runs torch's modules in their default layo
 `arimg` model.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from arimg.generators import VAR
-from arimg.nn.autoencoder import AttentionBlock, Decoder, ResnetBlock
+if TYPE_CHECKING:  # the models it takes stand above it
+    from arimg.generators import VAR
+
+Block = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 
 
 @dataclass
@@ -26,7 +32,7 @@ class Trace:
     image: Tensor | None = None
 
 
-def _attention(attn: torch.nn.Module, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+def _attention(attn: Any, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
     b, l, c = x.shape
     bias = torch.cat((attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias))
     qkv = F.linear(x, attn.mat_qkv.weight, bias).view(b, l, 3, attn.heads, -1)
@@ -41,10 +47,14 @@ def _attention(attn: torch.nn.Module, x: Tensor, cache: dict[str, Tensor]) -> Te
     return F.linear(out.transpose(1, 2).reshape(b, l, c), attn.proj.weight, attn.proj.bias)
 
 
-def _block(block: torch.nn.Module, x: Tensor, cond: Tensor, cache: dict[str, Tensor]) -> Tensor:
+def block(block: Any, x: Tensor, cond: Tensor, cache: dict[str, Tensor]) -> Tensor:
+    """One block; what is compiled where this loop is measured under torch.compile."""
     c = x.shape[-1]
-    ada = block.ada_lin[1]
-    six = F.linear(F.silu(cond), ada.weight, ada.bias).view(-1, 1, 6, c)
+    if hasattr(block, "ada_gss"):
+        six = block.ada_gss + cond.view(-1, 1, 6, c)
+    else:
+        ada = block.ada_lin[1]
+        six = F.linear(F.silu(cond), ada.weight, ada.bias).view(-1, 1, 6, c)
     gate1, gate2, scale1, scale2, shift1, shift2 = six.unbind(2)
     h = F.layer_norm(x, (c,), eps=1e-6) * (1 + scale1) + shift1
     x = x + _attention(block.attn, h, cache) * gate1
@@ -55,7 +65,7 @@ def _block(block: torch.nn.Module, x: Tensor, cond: Tensor, cache: dict[str, Ten
 
 def _draw(logits: Tensor, top_k: int, top_p: float, rng: torch.Generator) -> Tensor:
     b, l, vocab = logits.shape
-    kth = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    kth = logits.topk(min(top_k, vocab), dim=-1, sorted=False).values.amin(-1, keepdim=True)
     logits = logits.masked_fill(logits < kth, -torch.inf)
     ascending, order = logits.sort(dim=-1)
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
@@ -73,9 +83,10 @@ def generate(
     top_k: int = 900,
     top_p: float = 0.96,
     seed: int = 0,
-    given: list[Tensor] | None = None,
+    given: Sequence[Tensor] | None = None,
+    run_block: Block = block,
 ) -> Trace:
-    """As `VAR.generate`, for models with their own AdaLN. given: tokens of all scales to force."""
+    """As `VAR.generate`. given: tokens of all scales to force. run_block: `block`, as it is or compiled."""
     quantizer, trace = var.tokenizer.quantize, Trace()
     rng = torch.Generator().manual_seed(seed)
     batch, sides, dtype = len(labels), [h for h, _ in quantizer.scales], var.pos_1LC.dtype
@@ -86,13 +97,10 @@ def generate(
     f_hat = torch.zeros(batch, var.tokenizer.z_channels, size, size)
     caches: list[dict[str, Tensor]] = [{} for _ in var.blocks]
     for k, side in enumerate(sides):
-        for block, cache in zip(var.blocks, caches):
-            x = _block(block, x, cond, cache)
-        scale, shift = (
-            F.linear(F.silu(cond), var.head_nm.ada_lin[1].weight, var.head_nm.ada_lin[1].bias)
-            .view(-1, 1, 2, var.width)
-            .unbind(2)
-        )
+        shared = var.shared_ada_lin(cond)
+        for layer, cache in zip(var.blocks, caches):
+            x = run_block(layer, x, shared, cache)
+        scale, shift = var.head_nm.ada_lin(cond).view(-1, 1, 2, var.width).unbind(2)
         h = F.layer_norm(x, (var.width,), eps=1e-6) * (1 + scale) + shift
         logits = F.linear(h, var.head.weight, var.head.bias).float()
         t = cfg * k / last
@@ -115,27 +123,29 @@ def generate(
     return trace
 
 
-def _resnet(block: ResnetBlock, x: Tensor) -> Tensor:
+def _resnet(block: Any, x: Tensor) -> Tensor:
     h = _conv(block.conv1, F.silu(block.norm1(x), inplace=True))
     h = _conv(block.conv2, F.silu(block.norm2(h), inplace=True))
-    return block.nin_shortcut(x) + h
+    out: Tensor = block.nin_shortcut(x) + h
+    return out
 
 
-def _conv(conv: torch.nn.Conv2d, x: Tensor) -> Tensor:
+def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, conv.weight, conv.bias, padding=1)
 
 
-def _self_attention(block: AttentionBlock, x: Tensor) -> Tensor:
+def _self_attention(block: Any, x: Tensor) -> Tensor:
     b, c, h, w = x.shape
     q, k, v = block.qkv(block.norm(x)).view(b, 3, c, h * w).unbind(1)
     weights = (q.transpose(1, 2) @ k * c**-0.5).softmax(-1)
-    return x + block.proj_out((v @ weights.transpose(1, 2)).view(b, c, h, w))
+    out: Tensor = x + block.proj_out((v @ weights.transpose(1, 2)).view(b, c, h, w))
+    return out
 
 
 @torch.inference_mode()
 def decode(var: VAR, f_hat: Tensor) -> Tensor:
     """f_hat [B, z, h, w] -> pictures [B, 3, H, W] in [0, 1]."""
-    decoder: Decoder = var.tokenizer.decoder
+    decoder: Any = var.tokenizer.decoder
     h = _conv(decoder.conv_in, _conv(var.tokenizer.post_quant_conv, f_hat))
     h = _resnet(decoder.mid.block_2, _self_attention(decoder.mid.attn_1, _resnet(decoder.mid.block_1, h)))
     for i in reversed(range(len(decoder.up))):
