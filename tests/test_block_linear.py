@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from arimg import _library, ops, reference
 from arimg.nn import PackedLinear
+from arimg.nn.linear import linear
 from arimg.ops.block_linear import MAX_ROWS
 from arimg.reference.block_linear import ACTIVATIONS
 from tolerance import assert_close
@@ -342,3 +343,22 @@ def test_bad_quantization_and_gates_are_refused():
             ops.quantize_weight(*arguments)
     with pytest.raises(ValueError, match="expected gate and up of one shape and storage"):
         ops.gated_linear_rows(torch.zeros(2, 4), W, ops.quantize_weight(W))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_reads_large_weights_row_by_row_where_rows_are_few(monkeypatch, dtype):
+    g = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(512, 512, generator=g).to(dtype), torch.randn(512, generator=g).to(dtype)
+    calls = []
+    monkeypatch.setattr(ops, "linear_rows", lambda *a: calls.append(1) or reference.linear_rows(*a))
+    for rows, wanted in ((1, True), (MAX_ROWS, True), (MAX_ROWS + 1, False)):
+        x = torch.randn(1, rows, 512, generator=g).to(dtype)
+        calls.clear()
+        assert_close(linear(x, weight, bias), F.linear, x, weight, bias)
+        assert bool(calls) == wanted
+    calls.clear()
+    linear(x[:, :1], weight[:64], bias[:64])  # a small weight
+    linear(x[:, :1].clone().requires_grad_(), weight, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear(x[:, :1], weight, bias)
+    assert not calls

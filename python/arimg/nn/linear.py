@@ -12,6 +12,7 @@ from arimg.ops.block_linear import MAX_ROWS
 _FEW_ROWS = (
     8  # up to here a 16-bit product is bound by reading the weight, and its own type reads half as much
 )
+_LARGE = 2**18  # weights; below, a call takes longer than reading them
 
 
 class Linear(nn.Linear):
@@ -31,8 +32,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., C], weight [N, C], bias [N] -> x weight^T + bias [..., N].
 
     On a CPU without 16-bit arithmetic, a bfloat16 or float16 product of more than a few rows converts its
-    operands to float32: measured on Zen 3, 512 rows run at 19 GFLOP/s in bfloat16 and at 78 in float32.
+    operands to float32: measured on Zen 3, 512 rows run at 19 GFLOP/s in bfloat16 and at 78 in float32. Up to
+    MAX_ROWS rows over a large weight run at the speed of reading it (`ops.linear_rows`): measured on Zen 4,
+    1.1 to 3.3 times as fast as torch.
     """
+    large = x.device.type == "cpu" and weight.numel() >= _LARGE and weight.dtype == x.dtype
+    if large and _reads_weight(x, weight) and (bias is None or bias.dtype == x.dtype):
+        return ops.linear_rows(x, weight, bias)
     half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
     if half and x.device.type == "cpu" and x.numel() > _FEW_ROWS * x.shape[-1] and not _computes_16_bit():
         out = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
