@@ -22,7 +22,6 @@ MODULES = (
     "llamagen",
     "nar",
     "jpeg_lm",
-    "token_shuffle",
 )
 MODEL_FILE = "model.safetensors"
 
