@@ -257,10 +257,12 @@ class LlamaSession(Session):
         if not 0 < tokens <= len(steps):
             raise ValueError(f"expected tokens from 1 to {len(steps)}, got {tokens}")
         self.model, self.rows, self.device = model, rows, prefix.device
-        self.layout = Layout(steps[:tokens])
+        self.layout, self.vocabulary = Layout(steps[:tokens]), model.vocab_size
         self.decoder, self.rope = model.decoder(), _extended(model.rope(), window)
         self.pending, self.last = prefix, torch.zeros(rows, dtype=torch.int64, device=prefix.device)
-        capacity = prefix.shape[1] + self.inputs() + window
+        capacity = prefix.shape[1] + self.inputs()
+        if window:  # drafts of rows that are complete, too
+            capacity += 1 + window
         shape = (len(prefix), model.kv_heads, capacity, model.width // model.heads)
         self.caches = [KVCache(*shape, prefix.dtype, prefix.device) for _ in model.layers]
 
@@ -304,6 +306,15 @@ class LlamaSession(Session):
             newest = turn.drawn.gather(1, (turn.length - 1).clamp_min(0)[:, None])[:, 0]
             self.last = torch.where(turn.length > 0, newest, self.last)
             self.pending = self._embed(self.last[:, None])
+
+    def rewind(self, counts: Sequence[int], last: Tensor) -> None:
+        """Each row forgets so many of the inputs that were written last and goes on behind `last`, int64
+        [B].
+        """
+        for cache in self.caches:
+            cache.rewind([*counts] * (len(self.pending) // self.rows))
+        self.last = last
+        self.pending = self._embed(last[:, None])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         h = self.model.embed(tokens)

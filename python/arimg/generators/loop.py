@@ -60,13 +60,14 @@ class Turn:
 class Session:
     """What one generation carries. Subclasses have `layout` and `rows` (B) and define the two methods.
 
-    Where guidance is on there are 2B rows, the conditional ones first. bits: tokens are bits, logits [..., d,
-    2].
+    vocabulary: V, where drafts are possible. Where guidance is on there are 2B rows, the conditional ones
+    first. bits: tokens are bits, logits [..., d, 2].
     finished: no further step is needed (a model that ends by itself).
     """
 
     layout: Layout
     rows: int
+    vocabulary = 0
     bits = False
     finished = False
 
@@ -139,7 +140,7 @@ class Sampler:
 @dataclass(eq=False)
 class Run:
     """One call of `generate`. given: tokens of the first steps, kept as they are. logprob: drawn with the
-    tokens.
+    tokens. condition: what it generates from, for a second model that drafts.
     """
 
     session: Session
@@ -147,6 +148,7 @@ class Run:
     seeds: Tensor
     given: Sequence[Tensor] = ()
     logprob: bool = False
+    condition: Any = None
 
     def guidance(self, step: int, steps: int) -> float | None:
         chosen = self.sampler.guidance
@@ -251,12 +253,14 @@ def generate(
     """
     sampler = sampler or model.sampler
     rule: Commit = getattr(model, "commit", ALWAYS) if commit is None else commit
+    if getattr(rule, "window", 0):
+        options = {"window": getattr(rule, "window", 0), **options}
     with torch.no_grad():
         session = model.begin(condition, guided=sampler.guidance is not None, **options)
     for tokens, n in zip(given, session.layout.sizes):
         if tuple(tokens.shape[:2]) != (session.rows, n):
             raise ValueError(f"expected given tokens [{session.rows}, {n}], got {list(tokens.shape)}")
-    run = Run(session, sampler, row_seeds(seed, session.rows, _device(session)), given)
+    run = Run(session, sampler, row_seeds(seed, session.rows, _device(session)), given, condition=condition)
     run.logprob = not (isinstance(rule, EachStep) and rule.plans is None)
     for turn in rule.turns(run):
         with torch.no_grad():
@@ -267,8 +271,25 @@ def generate(
 
 
 def final_tokens(turns: Iterator[Turn]) -> list[Tensor]:
-    """The tokens of each step of a generation by `EachStep`."""
-    return [turn.drawn for turn in turns if turn.done]
+    """The tokens of each step of a generation; of one with drafts a single tensor [B, T] of all of them."""
+    steps: list[Tensor] = []
+    kept: list[tuple[Tensor, Tensor]] = []
+    for turn in turns:
+        if turn.length is not None:
+            kept.append((turn.drawn, turn.length))
+        elif turn.done:
+            steps.append(turn.drawn)
+    return [*steps, side_by_side(kept)] if kept else steps
+
+
+def side_by_side(passes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of each pass (tokens [B, n], lengths [B]) the first tokens of each row, one behind another: [B, T].
+
+    All rows have the same number of tokens in the end.
+    """
+    tokens = torch.cat([t for t, _ in passes], 1)
+    kept = torch.cat([torch.arange(t.shape[1], device=t.device) < n[:, None] for t, n in passes], 1)
+    return tokens[kept].view(len(tokens), -1)
 
 
 def _device(session: Session) -> torch.device:

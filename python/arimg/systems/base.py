@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from arimg.data.images import Images
-from arimg.generators.loop import Sampler, Session, Turn, generate
+from arimg.generators.loop import Sampler, Session, Turn, final_tokens, generate
 
 FAMILIES = ("next-scale", "next-frequency", "raster", "any-order", "speculative")
 
@@ -59,13 +59,8 @@ class SystemModel(nn.Module):
 
     def pictures(self, labels: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
         """Pictures of the given classes, [B, 3, S, S]; options are those of `generate`."""
-        session, tokens = None, []
-        for turn in generate(self, labels, seed=seed, **options):
-            session = turn.run.session
-            if turn.done:
-                tokens.append(turn.drawn)
-        assert session is not None
-        return self.decode(session, tokens)
+        turns = list(generate(self, labels, seed=seed, **options))
+        return self.decode(turns[0].run.session, final_tokens(iter(turns)))
 
 
 class Hidden:

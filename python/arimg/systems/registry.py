@@ -22,6 +22,8 @@ MODULES = (
     "llamagen",
     "nar",
     "jpeg_lm",
+    "token_shuffle",
+    "speculative",
 )
 MODEL_FILE = "model.safetensors"
 

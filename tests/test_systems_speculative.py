@@ -1,0 +1,59 @@
+"""Speculative systems on the network of LlamaGen: fewer passes, its weights, tokens that belong to the seed."""
+
+import pytest
+import torch
+
+from arimg.generators.loop import ALWAYS, final_tokens, generate
+from arimg.systems import find
+from arimg.systems.speculative import SMALL
+from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
+
+NAMES = ("sjd", "scd", "gsd", "speculative-draft")
+LABELS = torch.tensor([1, 0])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return _single_scale(scale_tokenizer(), 256)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request, tokenizer):
+    torch.manual_seed(0)
+    model = find(request.param).make(tokenizer, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    examples = torch.arange(64).remainder(4).mul(3).expand(8, 64)
+    for _ in range(6):
+        optimizer.zero_grad()
+        model.loss(examples, torch.arange(8) % 2).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_trained_network_takes_fewer_passes_by_its_own_rule(model):
+    ways = model.ways()
+    turns = {name: list(way(LABELS[:1], 3)) for name, way in ways.items()}
+    *rules, plain = turns
+    assert plain == "token by token" and len(turns[plain]) == 64
+    for name in rules:
+        (tokens,) = final_tokens(iter(turns[name]))
+        assert tokens.shape == (1, 64) and len(turns[name]) < 60, name
+
+
+def test_tokens_belong_to_the_seed_of_the_row_and_become_pictures(model):
+    (both,) = final_tokens(generate(model, LABELS, seed=7))
+    (again,) = final_tokens(generate(model, LABELS, seed=7))
+    (second,) = final_tokens(generate(model, LABELS[1:], seed=8))
+    assert torch.equal(both, again) and torch.equal(both[1:], second)
+    pictures = model.pictures(LABELS, seed=7)
+    assert pictures.shape == (2, 3, SIZE, SIZE)
+    plain = torch.cat(final_tokens(generate(model, LABELS, commit=ALWAYS, seed=7)), 1)
+    assert plain.shape == both.shape
+
+
+def test_the_network_is_that_of_llamagen(tokenizer):
+    ours = {k: v.shape for k, v in find("llamagen").make(tokenizer, 2).state_dict().items()}
+    for name in NAMES:
+        theirs = {k: v.shape for k, v in find(name).make(tokenizer, 2).state_dict().items()}
+        assert {k: v for k, v in theirs.items() if not k.startswith("small.")} == ours
+    assert theirs["small.tok_embeddings.weight"] == (256, SMALL["width"])
