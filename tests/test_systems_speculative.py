@@ -1,4 +1,4 @@
-"""Speculative systems on the network of LlamaGen: fewer passes, its weights, tokens that belong to the seed."""
+"""Speculative systems on the network of LlamaGen: fewer passes, tokens that belong to the seed of the row."""
 
 import pytest
 import torch
