@@ -19,6 +19,7 @@ from arimg.systems.base import System, SystemModel
 MODULES = (
     "var",
     "star",
+    "tokenflow",
     "infinity",
     "llamagen",
     "nar",
