@@ -38,7 +38,7 @@ class GridModel(LlamaGen, SystemModel):
         return pictures
 
 
-SIZE = {"depth": 6, "width": 192, "heads": 3, "dropout": 0.0}
+SIZE: dict[str, Any] = {"depth": 6, "width": 192, "heads": 3, "dropout": 0.0}
 
 
 def make(tokenizer: Any, classes: int) -> GridModel:
