@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 
 import arimg
+from arimg import ops
 from arimg.accelerate import llamagen as accelerated
+from arimg.accelerate import view
 from arimg.accelerate.swap import is_swapped
 from arimg.generators.llamagen import Decoder
 from standins import llamagen as standin
@@ -144,6 +147,55 @@ def test_bfloat16_models_and_copies_are_as_near_to_float32_as_the_original(steps
         assert scored(model, tokens).isfinite().all()
 
 
+def test_sampled_tokens_have_the_distribution_of_the_logits():
+    """The unmodified sampler on our logits: the first token's law over many rows, and the seed's sequence."""
+    model, rows = make(), 4000
+    labels = torch.full((rows,), 3)
+
+    def first(seed):
+        torch.manual_seed(seed)
+        model.setup_caches(max_batch_size=8, max_seq_length=8, dtype=torch.float32)
+        with torch.no_grad():
+            parts = [model(None, part, torch.arange(1))[0][:, -1] for part in labels.split(8)]
+        return torch.cat(parts).softmax(-1).multinomial(1)[:, 0]
+
+    with torch.no_grad():
+        model.setup_caches(max_batch_size=1, max_seq_length=8, dtype=torch.float32)
+        law = model(None, labels[:1], torch.arange(1))[0][0, -1].softmax(-1)
+    with arimg.accelerate(model):
+        drawn = first(5)
+        assert torch.equal(first(5), drawn) and not torch.equal(first(6), drawn)
+    expected = law * rows
+    many = expected > 5
+    counts = torch.bincount(drawn, minlength=len(law)).float()
+    chi2 = ((counts - expected)[many] ** 2 / expected[many]).sum()
+    assert chi2 < many.sum() + 5 * (2 * many.sum()) ** 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": "int8"}])
+def test_pickled_models_and_replicas_are_accelerated_too(steps, options):
+    model = make()
+    with arimg.accelerate(model, **options):
+        want = greedy(model)
+        twin = pickle.loads(pickle.dumps(model))
+        replica = model._replicate_for_data_parallel()  # shares the parameters, as DataParallel sets them
+        for one in (twin, replica):
+            steps[0] = 0
+            assert is_swapped(one)
+            assert torch.equal(greedy(one), want) and steps[0] == 25
+
+
+def test_compiled_models_give_the_same_tokens():
+    model = make()
+    want = greedy(model, 6)
+    with arimg.accelerate(model):
+        compiled = torch.compile(model, backend="eager")
+        model.setup_caches(2, 26, torch.float32)
+        with torch.no_grad():
+            first = compiled(None, LABELS, torch.arange(1))[0]
+        assert torch.allclose(first, scored(model, want)[:, :1], atol=1e-4)
+
+
 def test_training_runs_the_original(steps):
     model, tokens = make().requires_grad_(True).train(), torch.randint(50, (2, 25))
 
@@ -208,11 +260,64 @@ def test_relatives_are_kept_with_a_reason():
     assert reason(model) == "expected 'layers.1.attention.wqkv.weight' of shape [192, 64], got [100, 64]"
 
 
-def test_plans_end_with_their_model():
-    model = make()
-    with arimg.accelerate(model):
+def test_plans_and_copies_end_with_the_acceleration_and_with_the_model():
+    for ends in (False, True):
+        model = make()
+        report = arimg.accelerate(model, weights="int8")
         greedy(model)
-        assert model in accelerated._plans
-    number = len(accelerated._plans)
-    del model
-    assert len(accelerated._plans) == number - 1
+        assert model in accelerated._plans and model in view._views
+        number, views = len(accelerated._plans), len(view._views)
+        if ends:
+            report.restore()
+        else:
+            del model, report
+        assert len(accelerated._plans) == number - 1 and len(view._views) == views - 1
+
+
+def rounded(model, bits):
+    """The model with the weights that the codes stand for."""
+    twin = copy.deepcopy(model)
+    for linear in [m for part in (twin.layers, [twin.output]) for p in part for m in p.modules()]:
+        if isinstance(linear, torch.nn.Linear):
+            linear.weight.copy_(ops.dequantize_weight(ops.quantize_weight(linear.weight, bits)))
+    return twin
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_codes_for_weights(steps, storage):
+    """Logits are those of the weights that the codes stand for, and near the original's as documented."""
+    model, bits = make(), int(storage[3:])
+    tokens = greedy(model)
+    with torch.no_grad():
+        want, peer = scored(model, tokens), scored(rounded(model, bits), tokens)
+    state = copy.deepcopy(model.state_dict())
+    with arimg.accelerate(model, weights=storage) as report:
+        got = scored(model, tokens)
+        assert steps[0] == 25 and (got - peer).abs().max() < 1e-4
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "kv_cache" not in k)
+        # 9 products in series, of which each is off by 0.9 % (11 %) of its size
+        error = (got - want).square().mean().sqrt() / want.square().mean().sqrt()
+        assert 1e-3 < error < 9 * {"int8": 0.009, "int4": 0.11}[storage]
+        weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        codes = [ops.quantize_weight(w, bits) for w in weights]
+        assert report.memory == sum(c.codes.nbytes + c.scales.nbytes for c in codes)
+        assert f"products at the speed of reading their weights; weights {storage}" in str(report)
+        model.layers[1].feed_forward.w2.weight.mul_(2)  # seen at the next picture
+        assert (scored(model, tokens) - scored(rounded(model, bits), tokens)).abs().max() < 1e-4
+        model.bfloat16()
+        assert (scored(model, tokens) - scored(rounded(model.float(), bits), tokens)).abs().mean() < 0.05
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(scored(model, tokens), want)
+
+
+def test_other_weights_are_refused_and_parts_without_them_named():
+    for wrong in ("int2", "bfloat16", 8):
+        with pytest.raises(ValueError, match=r"expected weights None or one of \['int8', 'int4'\], got"):
+            arimg.accelerate(make(), weights=wrong)
+    with pytest.raises(ValueError, match=r"expected dtype or weights, got both: torch\.bfloat16 and 'int8'"):
+        arimg.accelerate(make(), dtype=torch.bfloat16, weights="int8")
+    from standins import var
+
+    report = arimg.accelerate(var.VAR(var.VQVAE()), weights="int8")
+    assert ("", "VAR", "its weights: no int8 here") in [(e.path, e.part, e.note) for e in report.kept]
+    assert len(report.kept) == len(report.replaced) and report.memory == 0

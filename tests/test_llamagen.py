@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from arimg import ops
 from arimg.generators import LlamaGen
 from arimg.generators.llamagen import Decoder
 from arimg.nn.linear import narrow_linear, narrow_swiglu
@@ -207,6 +208,27 @@ def test_many_rows_and_few_rows_agree() -> None:
     leaf = w.clone().requires_grad_()
     narrow_linear(x[:1, :1], leaf).sum().backward()
     assert leaf.grad is not None and torch.allclose(leaf.grad, x[0, 0].expand(32, 64), atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_packed_weights(storage: str) -> None:
+    """As the weights that the codes stand for; rows do not depend on their number; sizes are as stored."""
+    plain, packed = model(), model().pack(storage)
+    with torch.no_grad():
+        for linear in (m for m in plain.modules() if isinstance(m, nn.Linear)):
+            linear.weight.copy_(ops.dequantize_weight(ops.quantize_weight(linear.weight, int(storage[3:]))))
+        labels, x = torch.tensor([2, 5, 1]), indices(3, 10)
+        got = packed(labels, x)
+        assert torch.allclose(got, plain(labels, x), atol=1e-4)
+        assert torch.equal(packed(labels[:1], x[:1]), got[:1])
+    tokens = packed.generate([1, 4, 6], cfg=2.0, top_k=1)
+    assert torch.equal(tokens, plain.generate([1, 4, 6], cfg=2.0, top_k=1))
+    names = {n for n, _ in packed.named_parameters()}
+    assert not any("attention.w" in n or "feed_forward" in n or "output" in n for n in names)
+    many = packed.generate([3] * 9, cfg=2.0, seed=0)  # 18 rows: two passes over the codes
+    assert torch.equal(packed.generate([3], cfg=2.0, seed=8)[0], many[8])
+    with pytest.raises(ValueError, match=r"expected a storage of \['int8', 'int4'\], got 'float16'"):
+        model().pack("float16")
 
 
 def test_dropout_acts_in_training_alone() -> None:

@@ -12,6 +12,7 @@ from arimg.accelerate.llamagen import recognise_llamagen
 from arimg.accelerate.report import Entry, Report
 from arimg.accelerate.var import recognise_var, recognise_var_quantizer
 from arimg.accelerate.vector_quantize import recognise_vector_quantize
+from arimg.nn.packed_linear import CODES
 
 # Each takes (report, path, module) and returns True where it knows the module, replaced or not.
 RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = (
@@ -24,7 +25,11 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
 
 
 def accelerate(
-    model: nn.Module, *, dtype: torch.dtype | None = None, graphs: bool | Backend = False
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: str | None = None,
+    graphs: bool | Backend = False,
 ) -> Report:
     """Replaces the known parts of a model, in place, by faster ones with the same results.
 
@@ -35,24 +40,32 @@ def accelerate(
 
     dtype: torch.bfloat16 or torch.float16 runs a generator's transformer in this type, on a copy of its
     weights (half the original's memory on top), made anew when they change.
+    weights: "int8" or "int4" lets the steps of LlamaGen's transformer read such a copy of the weights (a
+    quarter or an eighth of float32's memory on top): faster, and an approximation (docs/drop-in.md). Parts
+    that do not take it are named in the report. Not together with dtype.
     graphs: the steps of a generator are captured as CUDA graphs, each at the second call of its shape, and
     replayed; their memory stays taken between pictures. Where that is not possible the report says why. A
     `graphs.Backend` captures in another way.
 
     Returns the report of what was replaced, what was not and why. Raises TypeError for
-    something that is no module or no such dtype, and ValueError for a model that is accelerated already.
+    something that is no module or no such dtype, and ValueError for a model that is accelerated already or
+    for other weights.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch module, got {type(model).__name__}")
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise TypeError(f"expected dtype None, torch.bfloat16 or torch.float16, got {dtype}")
+    if weights not in (None, *CODES):
+        raise ValueError(f"expected weights None or one of {list(CODES)}, got {weights!r}")
+    if weights is not None and dtype is not None:
+        raise ValueError(f"expected dtype or weights, got both: {dtype} and {weights!r}")
     parts = list(_parts(model))
     if any(swap.is_swapped(module) for _, module in parts):
         raise ValueError("expected a model that is not accelerated yet; call restore() of its report first")
     shared = None
     if graphs:
         shared = Graphs() if graphs is True else Graphs(graphs)
-    report = Report(type(model).__name__, dtype=dtype, graphs=shared)
+    report = Report(type(model).__name__, dtype=dtype, weights=weights, graphs=shared)
     for path, module in parts:
         any(recognise(report, path, module) for _, recognise in RECOGNISERS)
     if not report.replaced and not report.kept:

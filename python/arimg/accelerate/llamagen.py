@@ -10,7 +10,7 @@ from arimg import ops
 from arimg.accelerate.graphs import GraphedStep, Graphs
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
-from arimg.accelerate.view import misfit, view_of
+from arimg.accelerate.view import Storage, bytes_of_codes, misfit, view_of
 from arimg.generators.llamagen import Decoder, LlamaGen
 from arimg.reference.kv_cache import Rope
 
@@ -50,8 +50,12 @@ def _view(module: Any) -> LlamaGen:
 class _Generator(Mixin):
     """One token for each row of a batch, from the caches that the original code allocated."""
 
-    weights_dtype: torch.dtype | None
+    weights_storage: Storage
     graphs: Graphs | None
+
+    def _arimg_release(self) -> None:
+        super()._arimg_release()
+        _plans.pop(self, None)  # type: ignore[call-overload]
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
         module: Any = self
@@ -133,8 +137,10 @@ def _version(t: Tensor) -> int:
 
 
 def _new_plan(module: Any) -> _Plan:
-    dtype = module.weights_dtype if module.output.weight.dtype == torch.float32 else None
-    view, table = view_of(module, _view, dtype), module.freqs_cis
+    storage, table = module.weights_storage, module.freqs_cis
+    if isinstance(storage, torch.dtype) and module.output.weight.dtype != torch.float32:
+        storage = None
+    view = view_of(module, _view, storage)
     rope = Rope(table[..., 0].contiguous(), table[..., 1].contiguous())
     caches = [layer.attention.kv_cache for layer in module.layers]
     plan = _Plan(Decoder(view), rope, caches, None)
@@ -146,13 +152,13 @@ def _new_plan(module: Any) -> _Plan:
 
 def _fits(x: Tensor, k_cache: Tensor, plan: _Plan) -> bool:
     layer = plan.decoder.layers[0]
-    heads = (len(layer.wqkv) - len(layer.wo)) // plan.decoder.head_dim // 2
+    heads = (layer.wqkv.shape[0] - layer.wo.shape[0]) // plan.decoder.head_dim // 2
     return (
         x.dim() == 3
         and x.shape[1] == 1
         and k_cache.shape[:2] == (len(x), heads)
         and k_cache.dtype == x.dtype
-        and k_cache.device == x.device == layer.wqkv.device == plan.rope.cos.device
+        and k_cache.device == x.device == plan.decoder.norm.device == plan.rope.cos.device
     )
 
 
@@ -165,7 +171,9 @@ def recognise_llamagen(report: Report, path: str, module: nn.Module) -> bool:
         report.keep(module, path, reason)
     else:
         note = "steps of one token: fused norms, products at the speed of reading their weights"
-        report.swap_generator(module, _Generator, path, note)
+        report.swap_generator(
+            module, _Generator, path, note, lambda kind: bytes_of_codes(module, _view, kind)
+        )
     return True
 
 

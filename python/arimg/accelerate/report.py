@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ class Report:
     kept: list[Entry] = field(default_factory=list)
     dtype: torch.dtype | None = None  # of the weights of large matrix products; None: their own
     graphs: Graphs | None = None  # of a generator's steps, where asked for
+    weights: str | None = None  # "int8" or "int4": what the products of decoding read; None: dtype's
     memory: int = 0  # bytes beyond the original's
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
 
@@ -40,10 +42,27 @@ class Report:
         self.replaced.append(Entry(path, type(module).__name__, note))
         swap.swap(module, mixin, **options)
         self._modules.append(module)
+        if self.weights and options.get("weights_storage") != self.weights:
+            self.kept.append(Entry(path, type(module).__name__, f"its weights: no {self.weights} here"))
 
-    def swap_generator(self, module: nn.Module, mixin: type[Mixin], path: str, note: str) -> None:
-        """`swap` for a generator, which may run on a copy of its weights (`dtype`)."""
-        self.swap(module, mixin, path, note, weights_dtype=self.dtype, graphs=self.graphs)
+    def swap_generator(
+        self,
+        module: nn.Module,
+        mixin: type[Mixin],
+        path: str,
+        note: str,
+        packed: Callable[[str], int] | None = None,
+    ) -> None:
+        """`swap` for a generator, which may run on a copy of its weights (`dtype`, or `weights`).
+
+        packed: the bytes of its weights in a storage of codes, for one that can run on them.
+        """
+        if self.weights and packed is not None:
+            self.memory += packed(self.weights)
+            note = f"{note}; weights {self.weights}"
+            self.swap(module, mixin, path, note, weights_storage=self.weights, graphs=self.graphs)
+            return
+        self.swap(module, mixin, path, note, weights_storage=self.dtype, graphs=self.graphs)
         if self.dtype is not None:
             self.memory += self.dtype.itemsize * sum(p.numel() for p in module.parameters())
 

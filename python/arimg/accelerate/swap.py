@@ -10,11 +10,17 @@ from typing import Any
 
 from torch import nn
 
+from arimg.accelerate.view import forget
+
 
 class Mixin:
     """Base of all replacements. options: what `accelerate` was asked for, as attributes of the class."""
 
     _arimg: "tuple[type[nn.Module], type[Mixin], tuple[tuple[str, Any], ...]]"
+
+    def _arimg_release(self) -> None:
+        """Gives back what is kept for the module elsewhere."""
+        forget(self)
 
 
 _subclasses: dict[Any, Any] = {}
@@ -60,6 +66,7 @@ def swap(module: nn.Module, mixin: type[Mixin], **options: Any) -> None:
 def restore(module: Any) -> None:
     """Gives the module its own class back; does nothing to one that has it."""
     if is_swapped(module):
+        module._arimg_release()
         module.__class__ = module._arimg[0]
 
 

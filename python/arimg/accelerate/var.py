@@ -60,7 +60,7 @@ class _View(VAR):
 
 def _generator(module: Any) -> _View:
     view_of(module.vae_proxy[0].quantize, _quantizer_view)  # shared anew where it was replaced
-    dtype = module.weights_dtype
+    dtype = module.weights_storage
     return view_of(module, _generator_view, dtype if module.pos_1LC.dtype == torch.float32 else None)
 
 
@@ -86,7 +86,7 @@ class _Generator(Mixin):
     training: no mask.
     """
 
-    weights_dtype: torch.dtype | None
+    weights_storage: torch.dtype | None
     graphs: Graphs | None
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 The parameters are shared, not copied: both see every change of them. A parameter that was replaced (by
 `load_state_dict(assign=True)` or a move that does not work in place) is shared anew at the next use. A view
-of another dtype keeps copies, made anew where the original has changed.
+of another storage keeps copies, made anew where the original has changed.
 """
 
 from collections.abc import Callable
@@ -10,24 +10,39 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from arimg.nn.packed_linear import PackedLinear, pack_weight
+from arimg.reference.block_linear import QuantizedWeight
 
 View = TypeVar("View", bound=nn.Module)
-_views: WeakKeyDictionary[nn.Module, dict[torch.dtype | None, nn.Module]] = WeakKeyDictionary()
+Storage = torch.dtype | str | None  # a type of all weights; "int8" or "int4" products; None: shared
+_views: WeakKeyDictionary[nn.Module, dict[Storage, nn.Module]] = WeakKeyDictionary()
 
 
-def view_of(module: nn.Module, build: Callable[[Any], View], dtype: torch.dtype | None = None) -> View:
+def view_of(module: nn.Module, build: Callable[[Any], View], storage: Storage = None) -> View:
     """The view of this module, built at the first use; raises ValueError where names or shapes differ.
 
-    dtype: the view has its own copies of this type, made anew when a parameter has changed.
+    storage: the view has its own copies of this type, or its products (the view has a method `pack`) have
+    codes; they are made anew when a parameter has changed.
     """
     kinds = _views.setdefault(module, {})
-    if dtype not in kinds:
-        with torch.device("meta"):
-            kinds[dtype] = build(module)
-    view = kinds[dtype]
-    _share(view, module, dtype)
+    if storage not in kinds:
+        kinds[storage] = _without_weights(module, build, storage)
+    view = kinds[storage]
+    _share(view, module, storage)
     return view.train(module.training)  # type: ignore[return-value]
+
+
+def forget(module: Any) -> None:
+    """Gives back the memory of the module's views."""
+    _views.pop(module, None)
+
+
+def bytes_of_codes(module: nn.Module, build: Callable[[Any], nn.Module], storage: str) -> int:
+    """What a view with codes takes beyond the module."""
+    layers = _without_weights(module, build, storage).modules()
+    return sum(b.nbytes for layer in layers if isinstance(layer, PackedLinear) for b in layer.buffers())
 
 
 def misfit(module: nn.Module, build: Callable[[Any], nn.Module]) -> str:
@@ -39,34 +54,68 @@ def misfit(module: nn.Module, build: Callable[[Any], nn.Module]) -> str:
     return ""
 
 
-def _share(view: nn.Module, module: nn.Module, dtype: torch.dtype | None) -> None:
+def _without_weights(module: nn.Module, build: Callable[[Any], View], storage: Storage) -> View:
+    with torch.device("meta"):
+        view = build(module)
+        if isinstance(storage, str):
+            view.pack(storage)  # type: ignore[operator]
+    return view
+
+
+def _share(view: nn.Module, module: nn.Module, storage: Storage) -> None:
     """Puts the parameters of `module` into `view`, name for name; buffers that the view has follow too."""
     theirs = dict(module.named_parameters())
     theirs_buffers = dict(module.named_buffers())
     for name, own in list(view.named_parameters()):
-        given = theirs.get(name)
-        if given is None:
-            raise ValueError(f"expected a parameter {name!r} {list(own.shape)}, found none")
-        if given.shape != own.shape:
-            raise ValueError(f"expected {name!r} of shape {list(own.shape)}, got {list(given.shape)}")
+        given = _given(theirs, name, own.shape)
         owner, _, leaf = name.rpartition(".")
         view.get_submodule(owner)._parameters[leaf] = (
-            given if dtype is None else _converted(given, own, dtype)
+            _converted(given, own, storage) if isinstance(storage, torch.dtype) else given
         )
     for name, _ in list(view.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        if name in theirs_buffers:
-            view.get_submodule(owner)._buffers[leaf] = theirs_buffers[name]
+        layer = view.get_submodule(owner)
+        if name in theirs_buffers and not isinstance(layer, PackedLinear):
+            layer._buffers[leaf] = theirs_buffers[name]
+    if isinstance(storage, str):
+        for path, layer in view.named_modules():
+            if isinstance(layer, PackedLinear):
+                shape = (layer.out_features, layer.in_features)
+                _pack(layer, _given(theirs, f"{path}.weight", shape), storage)
+
+
+def _given(theirs: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]) -> nn.Parameter:
+    given = theirs.get(name)
+    if given is None:
+        raise ValueError(f"expected a parameter {name!r} {list(shape)}, found none")
+    if given.shape != shape:
+        raise ValueError(f"expected {name!r} of shape {list(shape)}, got {list(given.shape)}")
+    return given
+
+
+def _source(given: Tensor) -> tuple[object, ...]:
+    """What a copy was made of; differs where the copy is out of date."""
+    # An inference tensor has no version; it cannot change in place outside inference mode either.
+    version = 0 if given.is_inference() else given._version
+    return id(given), given.data_ptr(), version, given.device, given.dtype
 
 
 def _converted(given: nn.Parameter, own: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     if given.dtype == dtype:
         return given
-    # An inference tensor has no version; it cannot change in place outside inference mode either.
-    version = 0 if given.is_inference() else given._version
-    source = (id(given), given.data_ptr(), version, given.device)
+    source = _source(given)
     if getattr(own, "_arimg_source", None) == source and own.dtype == dtype:
         return own
     copy = nn.Parameter(given.detach().to(dtype), requires_grad=False)
     copy._arimg_source = source  # type: ignore[attr-defined]
     return copy
+
+
+def _pack(layer: PackedLinear, given: nn.Parameter, storage: str) -> None:
+    source = _source(given)
+    if layer.__dict__.get("_arimg_source") == source:
+        return
+    packed = pack_weight(given.detach(), storage)
+    assert isinstance(packed, QuantizedWeight)
+    layer.weight, layer.scales = packed.codes, packed.scales
+    layer._arimg_source = source  # type: ignore[assignment]

@@ -15,9 +15,15 @@ from arimg.guidance import Guidance
 from arimg.layout import Layout
 from arimg.nn import checkpoint
 from arimg.nn.linear import narrow_linear, narrow_swiglu
+from arimg.nn.packed_linear import CODES, PackedLinear, pack_linears
 from arimg.nn.rope import rope_2d
+from arimg.ops._common import FLOATING, kernels
+from arimg.ops.block_linear import MAX_ROWS
+from arimg.reference.block_linear import ACTIVATIONS, QuantizedWeight
 from arimg.reference.kv_cache import Rope, rotate
 
+_Given = tuple[Tensor, Tensor | None, int]  # weight or codes, scales, inputs under one scale
+_SILU = list(ACTIVATIONS).index("silu")
 # (layer, qkv [B, L, Hq + 2 Hkv, D]) -> attention output [B, Hq, L, D]
 Attend = Callable[[int, Tensor], Tensor]
 
@@ -94,7 +100,7 @@ class LlamaGen(nn.Module):
         self.tok_embeddings = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Layer(width, heads, kv_heads, self.hidden) for _ in range(depth))
         self.norm = nn.RMSNorm(width)
-        self.output = nn.Linear(width, vocab_size, bias=False)
+        self.output: nn.Linear | PackedLinear = nn.Linear(width, vocab_size, bias=False)
         self._initialise()
 
     @property
@@ -113,7 +119,7 @@ class LlamaGen(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear | nn.Embedding):
                 nn.init.normal_(m.weight, std=0.02)
-        self.output.weight.zero_()
+        cast(nn.Linear, self.output).weight.zero_()
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments, as JSON values."""
@@ -141,6 +147,18 @@ class LlamaGen(nn.Module):
         model = model.to(state["tok_embeddings.weight"].dtype).to_empty(device="cpu").eval()
         checkpoint.load_checked(model, state, "LlamaGen")
         return model
+
+    def pack(self, storage: str = "int8", group: int | None = None) -> "LlamaGen":
+        """Store the weights of the layers and of the head as int8 or int4, in place, for generation.
+
+        group: inputs under one scale (see `ops.quantize_weight`). Embeddings and norms keep their type. The
+        model generates as before; its state dict is no longer that of the released code.
+        """
+        if storage not in CODES:
+            raise ValueError(f"expected a storage of {list(CODES)}, got {storage!r}")
+        pack_linears(self.layers, storage, group)
+        self.output = PackedLinear.from_linear(cast(nn.Linear, self.output), storage, group=group)
+        return self
 
     def rope(self) -> Rope:
         """Rotations of the class token (to zero) and of the grid."""
@@ -337,12 +355,12 @@ class _Weights(NamedTuple):
     """What one layer multiplies by; norms as 1 + scale."""
 
     norm1: Tensor
-    wqkv: Tensor
-    wo: Tensor
+    wqkv: Tensor | QuantizedWeight
+    wo: Tensor | QuantizedWeight
     norm2: Tensor
-    w1: Tensor
-    w3: Tensor
-    w2: Tensor
+    w1: Tensor | QuantizedWeight
+    w3: Tensor | QuantizedWeight
+    w2: Tensor | QuantizedWeight
 
 
 class Decoder:
@@ -355,11 +373,14 @@ class Decoder:
     def __init__(self, model: LlamaGen) -> None:
         self.head_dim, self.eps = model.width // model.heads, model.eps
         self.layers = [_weights(cast(Layer, layer)) for layer in model.layers]
-        self.norm, self.output = norm_scale(model.norm), model.output.weight
+        self.norm, self.output = norm_scale(model.norm), _matrix(model.output)
         self.shift = torch.zeros_like(self.norm)
+        self.direct = _Direct.of(self) if type(self) is Decoder else None
 
     def run(self, x: Tensor, attend: Attend, dropout: float = 0.0) -> Tensor:
         """x [B, L, C] -> logits [B, L, V], float32."""
+        if self.direct is not None and not dropout and self.direct.suits(x):
+            return self.direct.run(x, attend)
         return self.head(self.hidden(drop(x.float(), dropout), x.dtype, attend, dropout))
 
     def hidden(
@@ -384,12 +405,77 @@ class Decoder:
         return ops.norm_modulate(h, scale, self.shift, eps=self.eps, norm="rms")
 
 
+class _Direct:
+    """`Decoder.run` for a few tokens on the operators themselves.
+
+    The checks of `arimg.ops` take longer than the norms of a step. Here those of the weights are made once;
+    activations are of this class's own making.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        def given(w: Tensor | QuantizedWeight) -> _Given:
+            return (w.codes, w.scales, w.group) if isinstance(w, QuantizedWeight) else (w, None, w.shape[1])
+
+        self.head_dim, self.eps, self.shift = decoder.head_dim, decoder.eps, decoder.shift
+        self.layers = [
+            (w.norm1, given(w.wqkv), given(w.wo), w.norm2, given(w.w1), given(w.w3), given(w.w2))
+            for w in decoder.layers
+        ]
+        self.norm, self.output = decoder.norm, given(decoder.output)
+        self.weights = [
+            t for layer in (*self.layers, (self.norm, self.output)) for part in layer
+            for t in (part if isinstance(part, tuple) else (part,)) if isinstance(t, Tensor)
+        ]  # fmt: skip
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "_Direct | None":
+        """None where weights are not as the operators read them."""
+        direct = cls(decoder)
+        plain = all(t.device == decoder.norm.device and t.stride(-1) == 1 for t in direct.weights)
+        stored = {t.dtype for t in direct.weights} <= {*FLOATING, torch.int8, torch.uint8}
+        return direct if plain and stored else None
+
+    def suits(self, x: Tensor) -> bool:
+        if x.numel() > MAX_ROWS * x.shape[-1] or x.device != self.norm.device or x.dtype not in FLOATING:
+            return False
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return False
+        return kernels(x, *(self.weights if torch.is_grad_enabled() else ())) is not None
+
+    def run(self, x: Tensor, attend: Attend) -> Tensor:
+        ops = kernels(x)
+        assert ops is not None
+        batch, tokens, width = x.shape
+        rows = batch * tokens
+
+        def norm(h: Tensor, scale: Tensor) -> Tensor:
+            out: Tensor = ops.norm_modulate(h.view(1, rows, width), scale, self.shift, self.eps, True)
+            return out.view(rows, width)
+
+        def product(x: Tensor, w: _Given, h: Tensor | None = None) -> Tensor:
+            out: Tensor = ops.linear_rows(x, w[0], w[1], None, None, None, None, h, 0, w[2])
+            return out
+
+        h = x.float().reshape(rows, width)
+        for i, (norm1, wqkv, wo, norm2, w1, w3, w2) in enumerate(self.layers):
+            qkv = product(norm(h, norm1), wqkv).view(batch, tokens, -1, self.head_dim).to(x.dtype)
+            h = product(attend(i, qkv).transpose(1, 2).reshape(rows, -1).float(), wo, h)
+            n = norm(h, norm2)
+            gated = ops.linear_rows(n, w1[0], w1[1], None, w3[0], w3[1], None, None, _SILU, w1[2])
+            h = product(gated, w2, h)
+        return product(norm(h, self.norm), self.output).view(batch, tokens, -1)
+
+
 def _weights(layer: Layer) -> _Weights:
     attention, ffn = layer.attention, layer.feed_forward
     return _Weights(
-        norm_scale(layer.attention_norm), attention.wqkv.weight, attention.wo.weight,
-        norm_scale(layer.ffn_norm), ffn.w1.weight, ffn.w3.weight, ffn.w2.weight,
+        norm_scale(layer.attention_norm), _matrix(attention.wqkv), _matrix(attention.wo),
+        norm_scale(layer.ffn_norm), _matrix(ffn.w1), _matrix(ffn.w3), _matrix(ffn.w2),
     )  # fmt: skip
+
+
+def _matrix(linear: nn.Module) -> Tensor | QuantizedWeight:
+    return linear.packed if isinstance(linear, PackedLinear) else cast(nn.Linear, linear).weight
 
 
 def norm_scale(norm: nn.RMSNorm) -> Tensor:
@@ -401,7 +487,7 @@ def drop(x: Tensor, rate: float) -> Tensor:
     return F.dropout(x, rate) if rate else x
 
 
-def _add(h: Tensor, x: Tensor, weight: Tensor, dropout: float) -> Tensor:
+def _add(h: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, dropout: float) -> Tensor:
     """h + x weight^T, the end of a branch."""
     if not dropout:
         return narrow_linear(x, weight, h)

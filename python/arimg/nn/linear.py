@@ -1,5 +1,6 @@
 """Linear layers. The one place that decides how a matrix product runs."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.ops.block_linear import MAX_ROWS
+from arimg.reference.block_linear import QuantizedWeight
 
 _FEW_ROWS = (
     8  # up to here a 16-bit product is bound by reading the weight, and its own type reads half as much
@@ -46,24 +48,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def narrow_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x weight^T (+ residual) in x's dtype, for a float32 x and a weight of any floating type.
+def narrow_linear(x: Tensor, weight: Tensor | QuantizedWeight, residual: Tensor | None = None) -> Tensor:
+    """x weight^T (+ residual) in x's dtype, for a float32 x and a weight of any floating type or of codes.
 
     Up to MAX_ROWS rows without gradients run at the speed of reading the weight (`ops.linear_rows`); others
-    are products of torch in the weight's type.
+    are products of torch in the weight's type. With codes, more rows run MAX_ROWS at a time.
     """
+    if isinstance(weight, QuantizedWeight):
+        return _few_at_a_time(lambda x, r: ops.linear_rows(x, weight, residual=r), x, residual)
     if _reads_weight(x, weight):
         return ops.linear_rows(x, weight, residual=residual)
     out = linear(x.to(weight.dtype), weight).to(x.dtype)
     return out if residual is None else out + residual
 
 
-def narrow_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(x gate^T) * (x up^T), as `narrow_linear`."""
+def narrow_swiglu(x: Tensor, gate: Tensor | QuantizedWeight, up: Tensor | QuantizedWeight) -> Tensor:
+    """silu(x gate^T) * (x up^T), as `narrow_linear`; gate and up are stored alike."""
+    if isinstance(gate, QuantizedWeight) or isinstance(up, QuantizedWeight):
+        return _few_at_a_time(lambda x, _: ops.gated_linear_rows(x, gate, up), x, None)
     if _reads_weight(x, gate, up):
         return ops.gated_linear_rows(x, gate, up)
     narrow = x.to(gate.dtype)
     return ops.activate(linear(narrow, gate), "silu", linear(narrow, up)).to(x.dtype)
+
+
+def _few_at_a_time(
+    product: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, residual: Tensor | None
+) -> Tensor:
+    """product(x, residual), MAX_ROWS rows at a time: codes are never multiplied out, and a row's bits depend
+    on nothing else.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= MAX_ROWS:
+        return product(x, residual)
+    parts = rows.split(MAX_ROWS)
+    added = [None] * len(parts) if residual is None else residual.reshape(len(rows), -1).split(MAX_ROWS)
+    return torch.cat([product(*pair) for pair in zip(parts, added)]).view(*x.shape[:-1], -1)
 
 
 def _reads_weight(x: Tensor, *weights: Tensor) -> bool:

@@ -10,6 +10,29 @@ from arimg.reference.block_linear import QuantizedWeight
 
 _FLOAT = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITS = {"int8": 8, "int4": 4}
+CODES = tuple(_BITS)
+
+
+def pack_weight(weight: Tensor, storage: str, group: int | None = None) -> Tensor | QuantizedWeight:
+    """The weight [O, I] stored as float32, bfloat16, float16, int8 or int4.
+
+    group: inputs under one scale, for int8 and int4 (see `ops.quantize_weight`).
+    """
+    if storage in _BITS:
+        return ops.quantize_weight(weight, _BITS[storage], group)
+    if storage not in _FLOAT:
+        raise ValueError(f"expected a storage of {[*_FLOAT, *_BITS]}, got {storage!r}")
+    if group is not None:
+        raise ValueError(f"expected no group for {storage}, got {group}")
+    return weight.to(_FLOAT[storage])
+
+
+def pack_linears(module: nn.Module, storage: str, group: int | None = None) -> None:
+    """Puts a PackedLinear in the place of every `nn.Linear` below the module."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear.from_linear(child, storage, group=group))
 
 
 class PackedLinear(nn.Module):
@@ -37,18 +60,9 @@ class PackedLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, storage: str = "int8", *, group: int | None = None
     ) -> PackedLinear:
-        """The layer with its weight stored as float32, bfloat16, float16, int8 or int4; the bias is kept.
-
-        group: inputs under one scale, for int8 and int4 (see `ops.quantize_weight`).
-        """
+        """The layer with its weight stored as `pack_weight` does; the bias is kept."""
         bias = None if linear.bias is None else linear.bias.detach()
-        if storage in _BITS:
-            return cls(ops.quantize_weight(linear.weight.detach(), _BITS[storage], group), bias)
-        if storage not in _FLOAT:
-            raise ValueError(f"expected a storage of {[*_FLOAT, *_BITS]}, got {storage!r}")
-        if group is not None:
-            raise ValueError(f"expected no group for {storage}, got {group}")
-        return cls(linear.weight.detach().to(_FLOAT[storage]), bias)
+        return cls(pack_weight(linear.weight.detach(), storage, group), bias)
 
     @property
     def packed(self) -> Tensor | QuantizedWeight:
