@@ -7,7 +7,9 @@ from torch import nn
 
 from arimg.accelerate import swap
 from arimg.accelerate.autoencoder import recognise_autoencoder
+from arimg.accelerate.few_rows import recognise_head
 from arimg.accelerate.graphs import Backend, Graphs
+from arimg.accelerate.llama_layer import recognise_llama_layers
 from arimg.accelerate.llamagen import recognise_llamagen
 from arimg.accelerate.report import Entry, Report
 from arimg.accelerate.var import recognise_var, recognise_var_quantizer
@@ -19,6 +21,11 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
     ("VAR's generator (blocks with AdaLN, pos_1LC, lvl_embed, vae_proxy)", recognise_var),
     ("VAR's multi-scale quantizer (embedding, quant_resi, v_patch_nums)", recognise_var_quantizer),
     ("LlamaGen's transformer (cls_embedding, tok_embeddings, layers, setup_caches)", recognise_llamagen),
+    (
+        "transformers' decoder layers (layers, embed_tokens, norm, rotary_emb)",
+        recognise_llama_layers,
+    ),
+    ("vocabulary heads (lm_head, generation_head)", recognise_head),
     ("vector-quantize-pytorch's VectorQuantize (_codebook with embed)", recognise_vector_quantize),
     ("a VQGAN's residual blocks and upsampling (norm1, conv1, norm2, conv2)", recognise_autoencoder),
 )

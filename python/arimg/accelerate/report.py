@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arimg.accelerate import swap
 from arimg.accelerate.graphs import Graphs
@@ -65,6 +65,21 @@ class Report:
         self.swap(module, mixin, path, note, weights_storage=self.dtype, graphs=self.graphs)
         if self.dtype is not None:
             self.memory += self.dtype.itemsize * sum(p.numel() for p in module.parameters())
+
+    def swap_copied(
+        self,
+        module: nn.Module,
+        mixin: type[Mixin],
+        path: str,
+        note: str,
+        weights: Iterable[Tensor],
+        **options: Any,
+    ) -> None:
+        """`swap` for a module that multiplies by copies of these weights where they are float32 (`dtype`)."""
+        self.swap(module, mixin, path, note, weights_storage=self.dtype, **options)
+        if self.dtype is not None:
+            copied = sum(w.numel() for w in weights if w.dtype == torch.float32)
+            self.memory += self.dtype.itemsize * copied
 
     def keep(self, module: nn.Module, path: str, reason: str) -> None:
         """Writes down why a known part is left as it is."""
