@@ -73,15 +73,8 @@ def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
         # Short calls are timed in a loop, so that the clock's resolution does not show.
         inner = 1 if SMOKE else max(1, int(2e-4 / max(once, 1e-7)))
         benchmark.pedantic(function, rounds=rounds, iterations=inner)
-        times = sorted(benchmark.stats.stats.data)
-        median = statistics.median(times)
-        row: dict[str, Any] = {
-            "group": group,
-            "name": name,
-            "median_ms": median * 1e3,
-            "p10_ms": times[len(times) // 10] * 1e3,
-            "p90_ms": times[(len(times) * 9) // 10] * 1e3,
-        }
+        row = _row(group, name, benchmark.stats.stats.data)
+        median: float = row["median_ms"] / 1e3
         if bytes:
             row["GB/s"] = bytes / median / 1e9
             row["ceiling"] = ceiling
@@ -96,6 +89,43 @@ def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
         return median
 
     return run
+
+
+@pytest.fixture
+def paired(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., dict[str, float]]:
+    """paired(group, functions, rounds) -> median seconds by name; once a test.
+
+    The functions take turns, so that a change of the machine meets all of them. Each gives the seconds that
+    it took itself.
+    """
+    torch.set_num_threads(THREADS)
+
+    def run(group: str, functions: dict[str, Callable[[], float]], rounds: int = 3) -> dict[str, float]:
+        benchmark.group = group
+        times: dict[str, list[float]] = {name: [] for name in functions}
+
+        def turn() -> None:
+            for name, function in functions.items():
+                times[name].append(function())
+
+        benchmark.pedantic(turn, rounds=1 if SMOKE else rounds)
+        rows = [_row(group, name, seconds) for name, seconds in times.items()]
+        benchmark.extra_info["rows"] = rows
+        _rows.extend(rows)
+        return {row["name"]: row["median_ms"] / 1e3 for row in rows}
+
+    return run
+
+
+def _row(group: str, name: str, seconds: list[float]) -> dict[str, Any]:
+    times = sorted(seconds)
+    return {
+        "group": group,
+        "name": name,
+        "median_ms": statistics.median(times) * 1e3,
+        "p10_ms": times[len(times) // 10] * 1e3,
+        "p90_ms": times[(len(times) * 9) // 10] * 1e3,
+    }
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
