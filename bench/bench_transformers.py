@@ -88,7 +88,19 @@ def emu3() -> Any:
     return transformers.Emu3ForConditionalGeneration(config)
 
 
-MODELS: dict[str, Callable[[], Any]] = {"janus": janus, "chameleon": chameleon, "emu3": emu3}
+def imagegpt() -> Any:
+    """Colours of 512, pictures of up to 1024 of them."""
+    layers = 2 if SMOKE else 24
+    config = transformers.ImageGPTConfig(vocab_size=513, n_embd=WIDTH, n_layer=layers, n_head=HEADS)
+    return transformers.ImageGPTForCausalImageModeling(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "janus": janus,
+    "chameleon": chameleon,
+    "emu3": emu3,
+    "imagegpt": imagegpt,
+}
 
 
 @cache
@@ -99,7 +111,7 @@ def model_of(name: str) -> Any:
 
 def generate(model: Any) -> torch.Tensor:
     mask = torch.ones_like(PROMPT)
-    if hasattr(model, "decode_image_tokens") and hasattr(model.model, "generation_head"):
+    if isinstance(model, transformers.JanusForConditionalGeneration):
         capacity = PROMPT.shape[1] + (TOKENS if SMOKE else 576)
         options = {"generation_mode": "image", "guidance_scale": 5.0, "max_length": capacity}
         return model.generate(PROMPT, attention_mask=mask, do_sample=False, **options)
@@ -126,7 +138,8 @@ def accelerated(model: Any, **options: Any) -> Callable[[], float]:
 @torch.no_grad()
 def generate_one(model: Any) -> torch.Tensor:
     """Logits of one token after the prompt."""
-    language = model.model.language_model if hasattr(model.model, "language_model") else model
+    janus = isinstance(model, transformers.JanusForConditionalGeneration)
+    language = model.model.language_model if janus else model
     store = language(input_ids=PROMPT, use_cache=True).cache
     out = language(input_ids=PROMPT[:, :1], cache=store, use_cache=True)
     return out.logits if hasattr(out, "logits") else out.last_hidden_state

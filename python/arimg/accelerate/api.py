@@ -9,12 +9,14 @@ from arimg.accelerate import swap
 from arimg.accelerate.autoencoder import recognise_autoencoder
 from arimg.accelerate.few_rows import recognise_head
 from arimg.accelerate.graphs import Backend, Graphs
+from arimg.accelerate.imagegpt import recognise_imagegpt
 from arimg.accelerate.llama_layer import recognise_llama_layers
 from arimg.accelerate.llamagen import recognise_llamagen
 from arimg.accelerate.report import Entry, Report
 from arimg.accelerate.var import recognise_var, recognise_var_quantizer
 from arimg.accelerate.vector_quantize import recognise_vector_quantize
 from arimg.nn.packed_linear import CODES
+from arimg.accelerate.vqvae_quantizer import recognise_vqvae_quantizer
 
 # Each takes (report, path, module) and returns True where it knows the module, replaced or not.
 RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = (
@@ -25,6 +27,8 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
         "transformers' decoder layers (layers, embed_tokens, norm, rotary_emb)",
         recognise_llama_layers,
     ),
+    ("ImageGPT's blocks in transformers (wte, wpe, h, ln_f)", recognise_imagegpt),
+    ("quantizers of transformers' VQVAEs (an embedding alone)", recognise_vqvae_quantizer),
     ("vocabulary heads (lm_head, generation_head)", recognise_head),
     ("vector-quantize-pytorch's VectorQuantize (_codebook with embed)", recognise_vector_quantize),
     ("a VQGAN's residual blocks and upsampling (norm1, conv1, norm2, conv2)", recognise_autoencoder),

@@ -6,13 +6,12 @@ all (scaled residuals, other norms): the first layer's result is compared with o
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from arimg import _library
+from arimg.accelerate import probe
 from arimg.accelerate.decode_step import Slot, Step, attend, find_slot, find_step
 from arimg.accelerate.few_rows import (
     Storage,
@@ -216,8 +215,6 @@ def recognise_llama_layers(report: Report, path: str, module: nn.Module) -> bool
 
 def _unsuited(layers: nn.ModuleList) -> str:
     """Why the layers are not of the kind, or nothing."""
-    if _library.ops() is None:
-        return "the compiled operators did not load"
     for i, layer in enumerate(layers):
         same = type(layer) is type(layers[0])
         reason = _unsuited_layer(layer) if same else f"expected a {type(layers[0]).__name__}"
@@ -246,61 +243,35 @@ def _unsuited_layer(layer: Any) -> str:
         return f"expected {' and '.join(_NORMS)} to be RMSNorms"
     if not all(hasattr(attn, name) for name in ("head_dim", "scaling", "layer_idx", "config")):
         return "expected an attention with head_dim, scaling, layer_idx and config"
-    return unsuited_attention(attn.q_proj.weight, attn.config, attn.head_dim)
-
-
-def unsuited_attention(weight: Tensor, config: Any, head_dim: int) -> str:
-    if weight.device.type != "cpu":
-        return f"expected weights on the CPU, where it was measured, got {weight.device.type}"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"expected the attention sdpa or eager, got {config._attn_implementation}"
-    if head_dim % 8 or head_dim > 256:
-        return f"expected a head dim that is a multiple of 8 up to 256, got {head_dim}"
-    return ""
+    return probe.unsuited_attention(attn.q_proj.weight, attn.config, attn.head_dim)
 
 
 def _arrangement(layer: Any) -> tuple[bool, bool] | None:
     """Whether norms come after the branches, and whether a tuple is given, as the layer's result tells."""
-    attn, weight = layer.self_attn, layer.self_attn.q_proj.weight
-    x, mask, rotations = _probe(weight, attn.head_dim)
-    modes = [(m, m.training) for m in layer.modules()]
+    weight, dim = layer.self_attn.q_proj.weight, layer.self_attn.head_dim
+    x, mask = probe.tokens(weight, weight.shape[1])
+    angle = torch.rand(1, 3, dim // 2, generator=torch.Generator().manual_seed(1)).mul(3).repeat(1, 1, 2)
+    rotations = (angle.cos().to(weight), angle.sin().to(weight))
     try:
-        layer.eval()
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with probe.evaluating(layer):
             theirs = type(layer).forward(layer, x, attention_mask=mask, position_embeddings=rotations)
             given = theirs[0] if isinstance(theirs, tuple) else theirs
-            errors = [_difference(layer, x, mask, rotations, given, post_norm) for post_norm in (False, True)]
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-        return None
-    finally:
-        for m, mode in modes:
-            m.training = mode
-    known = min(errors) < (1e-3 if weight.dtype == torch.float32 else 0.05)
-    return (errors[1] < errors[0], isinstance(theirs, tuple)) if known else None
+            for post_norm in (False, True):
+                if probe.equal(_alone(layer, x, mask, rotations, post_norm), given, x):
+                    return post_norm, isinstance(theirs, tuple)
+    except probe.FAILURES:
+        pass
+    return None
 
 
-def _probe(weight: Tensor, dim: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Three tokens, a causal mask to add, and rotations by any angles."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, weight.shape[1], generator=g).mul(0.05)
-    mask = torch.full((3, 3), torch.finfo(weight.dtype).min).triu(1)[None, None]
-    angle = torch.rand(1, 3, dim // 2, generator=g).mul(3).repeat(1, 1, 2)
-    return x.to(weight), mask.to(weight), (angle.cos().to(weight), angle.sin().to(weight))
-
-
-def _difference(
-    layer: Any, x: Tensor, mask: Tensor, rotations: tuple[Tensor, Tensor], given: Tensor, post_norm: bool
-) -> float:
-    """Of our result and the given one, relative to what the layer adds to its input."""
-    attn, (batch, tokens, _) = layer.self_attn, x.shape
-    k = x.new_zeros(batch, len(attn.k_proj.weight) // attn.head_dim, tokens, attn.head_dim)
-    slot = Slot(k, torch.zeros_like(k), 0, tokens, SimpleNamespace(cumulative_length=torch.tensor(0)))
-    step = find_step(slot, batch, tokens, mask, rotations)
-    assert step is not None and batch == 1
+def _alone(layer: Any, x: Tensor, mask: Tensor, rotations: tuple[Tensor, Tensor], post_norm: bool) -> Tensor:
+    """Our result for tokens x [1, L, C] without a cache of the caller's."""
+    attn = layer.self_attn
+    slot = probe.empty_slot(x, len(attn.k_proj.weight) // attn.head_dim, attn.head_dim)
+    step = find_step(slot, 1, x.shape[1], mask, rotations)
+    assert step is not None
 
     def attention(qkv: Tensor) -> Tensor:
         return attend(qkv[None], slot, step, attn.scaling)[0].flatten(1)
 
-    ours = _run(_parts(layer), x[0], attention, None, post_norm)
-    added = (given - x).float().norm() + torch.finfo(x.dtype).eps * x.float().norm()
-    return float((ours - given).float().norm() / added)
+    return _run(_parts(layer), x[0], attention, None, post_norm)[None]
