@@ -57,6 +57,8 @@ def accelerate(
     graphs: the steps of a generator are captured as CUDA graphs, each at the second call of its shape, and
     replayed; their memory stays taken between pictures. Where that is not possible the report says why. A
     `graphs.Backend` captures in another way.
+    weights (half the original's memory on top), made anew when they change; the few-row products of
+    transformers' models read such a copy.
 
     Returns the report of what was replaced, what was not and why. Raises TypeError for
     something that is no module or no such dtype, and ValueError for a model that is accelerated already or
