@@ -54,11 +54,11 @@ def accelerate(
     weights: "int8" or "int4" lets the steps of LlamaGen's transformer read such a copy of the weights (a
     quarter or an eighth of float32's memory on top): faster, and an approximation (docs/drop-in.md). Parts
     that do not take it are named in the report. Not together with dtype.
+    weights (half the original's memory on top), made anew when they change; the few-row products of
+    transformers' models read such a copy.
     graphs: the steps of a generator are captured as CUDA graphs, each at the second call of its shape, and
     replayed; their memory stays taken between pictures. Where that is not possible the report says why. A
     `graphs.Backend` captures in another way.
-    weights (half the original's memory on top), made anew when they change; the few-row products of
-    transformers' models read such a copy.
 
     Returns the report of what was replaced, what was not and why. Raises TypeError for
     something that is no module or no such dtype, and ValueError for a model that is accelerated already or
