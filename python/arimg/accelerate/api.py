@@ -15,8 +15,8 @@ from arimg.accelerate.llamagen import recognise_llamagen
 from arimg.accelerate.report import Entry, Report
 from arimg.accelerate.var import recognise_var, recognise_var_quantizer
 from arimg.accelerate.vector_quantize import recognise_vector_quantize
-from arimg.nn.packed_linear import CODES
 from arimg.accelerate.vqvae_quantizer import recognise_vqvae_quantizer
+from arimg.nn.packed_linear import CODES
 
 # Each takes (report, path, module) and returns True where it knows the module, replaced or not.
 RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = (
@@ -50,12 +50,11 @@ def accelerate(
     original code.
 
     dtype: torch.bfloat16 or torch.float16 runs a generator's transformer in this type, on a copy of its
-    weights (half the original's memory on top), made anew when they change.
+    weights (half the original's memory on top), made anew when they change; the few-row products of
+    transformers' models read such a copy.
     weights: "int8" or "int4" lets the steps of LlamaGen's transformer read such a copy of the weights (a
     quarter or an eighth of float32's memory on top): faster, and an approximation (docs/drop-in.md). Parts
     that do not take it are named in the report. Not together with dtype.
-    weights (half the original's memory on top), made anew when they change; the few-row products of
-    transformers' models read such a copy.
     graphs: the steps of a generator are captured as CUDA graphs, each at the second call of its shape, and
     replayed; their memory stays taken between pictures. Where that is not possible the report says why. A
     `graphs.Backend` captures in another way.
