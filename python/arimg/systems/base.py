@@ -35,6 +35,10 @@ class SystemModel(nn.Module):
         """Images [B, 3, S, S] in [0, 1] -> what training sees of them, [B, ...] (tokens, mostly)."""
         raise NotImplementedError
 
+    def examples(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """What training sees of images and their classes; `encode` unless a system learns from a teacher."""
+        return self.encode(pixels)
+
     def loss(self, examples: Tensor, labels: Tensor) -> Tensor:
         """Of encoded images and their classes int64 [B], a scalar. In training mode classes may be
         dropped.

@@ -26,6 +26,7 @@ MODULES = (
     "jpeg_lm",
     "token_shuffle",
     "speculative",
+    "dd1",
 )
 MODEL_FILE = "model.safetensors"
 

@@ -73,11 +73,12 @@ class SystemTask:
 
 @torch.no_grad()
 def examples_of(model: SystemModel, images: Images, path: Path) -> Tensor:
-    """`model.encode` of all images, kept in a file for runs that continue with the same images and
+    """`model.examples` of all images, kept in a file for runs that continue with the same images and
     tokenizer.
     """
     digest = hashlib.sha256(repr(images.names).encode() + images.pixels.tobytes())
-    digest.update(model.encode(images.batch(range(min(4, len(images))))).numpy().tobytes())
+    labels, few = torch.from_numpy(images.labels), range(min(4, len(images)))
+    digest.update(model.examples(images.batch(few), labels[list(few)]).numpy().tobytes())
     key = digest.hexdigest()
     if path.exists():
         saved = torch.load(path, weights_only=True)
@@ -85,7 +86,7 @@ def examples_of(model: SystemModel, images: Images, path: Path) -> Tensor:
             stored: Tensor = saved["examples"]
             return stored
     rows = [
-        model.encode(images.batch(range(start, min(start + 64, len(images)))))
+        model.examples(images.batch(range(start, min(start + 64, len(images)))), labels[start : start + 64])
         for start in tqdm(range(0, len(images), 64), desc="encode", mininterval=5.0)
     ]
     examples = torch.cat(rows)
