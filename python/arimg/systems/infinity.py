@@ -70,12 +70,14 @@ class Infinity(ScaleText, SystemModel):
         return logits
 
     def loss(self, examples: Tensor, labels: Tensor) -> Tensor:
-        """The mean over bits of the cross-entropy, of as much weight for each scale (NSARM's)."""
+        """Cross-entropy of the bits; a token weighs as the inverse of its scale's side (NSARM's weights)."""
         flips = [self._flips(len(examples), n) for n in self.layout.sizes] if self.training else None
         bits, maps, _ = self.quantizer.bits(examples, flips)
-        logits = self(labels, torch.cat(maps, 1)).split(self.layout.sizes, 1)
-        losses = [F.cross_entropy(x.flatten(0, 2), b.flatten().long()) for x, b in zip(logits, bits)]
-        return torch.stack(losses).mean()
+        logits, target = self(labels, torch.cat(maps, 1)), torch.cat(bits, 1).long()
+        each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
+        sides = torch.tensor([max(shape) for shape in self.layout.shapes], device=each.device)
+        weight = 1 / sides[self.layout.level(each.device)]
+        return (each.mean((0, 2)) * weight).sum() / weight.sum()
 
     def _flips(self, batch: int, tokens: int) -> Tensor:
         share = torch.rand(batch, 1, 1) * self.flips
