@@ -1,14 +1,14 @@
-"""Speculative systems on the network of LlamaGen: fewer passes, tokens that belong to the seed of the row."""
+"""Speculative systems on the network of LlamaGen: fewer passes, tokens that belong to the seed of a row."""
 
 import pytest
 import torch
 
 from arimg.generators.loop import ALWAYS, final_tokens, generate
-from arimg.systems import find
-from arimg.systems.speculative import SMALL
+from arimg.systems import llamagen
+from arimg.systems.speculative import SMALL, SYSTEMS
 from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
 
-NAMES = ("sjd", "scd", "gsd", "speculative-draft")
+FOUND = {system.name: system for system in SYSTEMS}
 LABELS = torch.tensor([1, 0])
 
 
@@ -17,10 +17,10 @@ def tokenizer():
     return _single_scale(scale_tokenizer(), 256)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=FOUND)
 def model(request, tokenizer):
     torch.manual_seed(0)
-    model = find(request.param).make(tokenizer, 2)
+    model = FOUND[request.param].make(tokenizer, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     examples = torch.arange(64).remainder(4).mul(3).expand(8, 64)
     for _ in range(6):
@@ -52,8 +52,8 @@ def test_tokens_belong_to_the_seed_of_the_row_and_become_pictures(model):
 
 
 def test_the_network_is_that_of_llamagen(tokenizer):
-    ours = {k: v.shape for k, v in find("llamagen").make(tokenizer, 2).state_dict().items()}
-    for name in NAMES:
-        theirs = {k: v.shape for k, v in find(name).make(tokenizer, 2).state_dict().items()}
+    ours = {k: v.shape for k, v in llamagen.make(tokenizer, 2).state_dict().items()}
+    for name in FOUND:
+        theirs = {k: v.shape for k, v in FOUND[name].make(tokenizer, 2).state_dict().items()}
         assert {k: v for k, v in theirs.items() if not k.startswith("small.")} == ours
     assert theirs["small.tok_embeddings.weight"] == (256, SMALL["width"])

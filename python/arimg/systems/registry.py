@@ -25,6 +25,7 @@ MODULES = (
     "nar",
     "jpeg_lm",
     "token_shuffle",
+    "lumina_mgpt",
     "speculative",
     "dd1",
 )
