@@ -26,6 +26,7 @@ MODULES = (
     "jpeg_lm",
     "token_shuffle",
     "lumina_mgpt",
+    "meissonic",
     "speculative",
     "dd1",
 )
