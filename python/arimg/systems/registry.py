@@ -27,6 +27,7 @@ MODULES = (
     "token_shuffle",
     "lumina_mgpt",
     "meissonic",
+    "detailflow",
     "speculative",
     "dd1",
 )
