@@ -4,6 +4,7 @@ from pathlib import Path
 
 from arimg.generators.llamagen import LlamaGen
 from arimg.generators.loop import ALWAYS, EachStep, Repeat, Sampler, Session, Turn, final_tokens, generate
+from arimg.generators.speculative import BiasedGrouped, Draft, Grouped, Jacobi
 from arimg.generators.var import VAR, Step
 from arimg.nn import checkpoint
 from arimg.nn.checkpoint import save
@@ -12,7 +13,11 @@ from arimg.tokenizers import VQVAE
 __all__ = [
     "ALWAYS",
     "VAR",
+    "BiasedGrouped",
+    "Draft",
     "EachStep",
+    "Grouped",
+    "Jacobi",
     "LlamaGen",
     "Repeat",
     "Sampler",
