@@ -199,6 +199,8 @@ class EachStep:
                 yield turn
                 tokens, final = turn.tokens, turn.final
                 position += turn.drawn[0].numel() if not run.session.bits else end - start
+                if turn.done:
+                    break  # given tokens need no further pass
             if run.session.finished:
                 return
 

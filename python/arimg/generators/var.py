@@ -14,9 +14,9 @@ from arimg.cache import KVCache
 from arimg.generators.labels import class_labels
 from arimg.generators.loop import Sampler, Session, Turn, generate
 from arimg.guidance import BeyondConditional, Guidance, linear
-from arimg.layout import Layout
+from arimg.layout import Layout, Visibility
 from arimg.nn import checkpoint
-from arimg.nn.adaln import AdaLNBeforeHead, AdaLNBlock, Drop, HeadModulation, Modulation, run_blocks
+from arimg.nn.adaln import AdaLNBeforeHead, AdaLNBlock, Attend, Drop, HeadModulation, Modulation, run_blocks
 from arimg.nn.linear import Linear
 from arimg.reference.kv_cache import split_qk_norm
 from arimg.reference.sampling import philox_uniform, token_weights
@@ -67,6 +67,7 @@ class VAR(nn.Module):
     """
 
     sampler = Sampler(Guidance(1.5, linear, BeyondConditional()), top_k=900, top_p=0.96)
+    rule = "level-causal"  # what the tokens of all scales side by side see
 
     def __init__(
         self,
@@ -188,14 +189,20 @@ class VAR(nn.Module):
         """Check class labels and put "no class" (-1) at num_classes: int64 [B] on the model's device."""
         return class_labels(labels, self.num_classes, self.pos_1LC.device)
 
-    def _condition(self, labels: Tensor) -> _Condition:
+    def _condition(
+        self,
+        labels: Tensor,
+        blocks: Sequence[AdaLNBlock] | None = None,
+        head: AdaLNBeforeHead | None = None,
+    ) -> _Condition:
+        """For the model's own blocks and norm before the head, or for others that stand in their place."""
         embedded = self.class_emb(labels)
         shared = self.shared_ada_lin(embedded)
         if self.shared_adaln:
             shared = shared.unflatten(-1, (1, 6, -1))
-        modulations = [block.modulation(shared) for block in self._blocks]
+        modulations = [block.modulation(shared) for block in blocks or self._blocks]
         first = embedded[:, None] + self.pos_start
-        return _Condition(first, modulations, self.head_nm.modulation(embedded))
+        return _Condition(first, modulations, (head or self.head_nm).modulation(embedded))
 
     def _positions(self) -> Tensor:
         """Position and level of each token, [1, L, C]."""
@@ -212,11 +219,7 @@ class VAR(nn.Module):
             raise ValueError(f"expected x [B, {rest}, {channels}], got {list(x.shape)}")
         if len(labels) != len(x):
             raise ValueError(f"expected as many labels as rows of x ({len(x)}), got {len(labels)}")
-        labels = self.labels(labels)
-        if self.training and self.class_dropout > 0:
-            dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
-            labels = torch.where(dropped, self.num_classes, labels)
-        condition = self._condition(labels)
+        condition = self._condition(self.dropped(self.labels(labels)))
         embedded = torch.cat((condition.first, self.word_embed(x.to(self.word_embed.weight.dtype))), dim=1)
         return self._score(embedded + self._positions(), condition).float()
 
@@ -225,17 +228,15 @@ class VAR(nn.Module):
     ) -> Tensor:
         """Logits of the embedded tokens of all or the first scales at once: x [B, n, C] -> [B, n, V]."""
         layout = self.layout if scales is None else Layout(self.layout.shapes[:scales])
-        seen = layout.visibility("level-causal", device=x.device)
-
-        def attend(i: int, qkv: Tensor) -> Tensor:
-            attn = self._blocks[i].attn
-            q, k, v = split_qk_norm(qkv, attn.q_scale(), attn.l2_norm)
-            out = ops.row_interval_attention(
-                q, k, v, seen.row_start, seen.row_end, scale=attn.softmax_scale, plan=seen.plan
-            )
-            return out.transpose(1, 2).flatten(2)
-
+        attend = uncached(self._blocks, layout.visibility(self.rule, device=x.device))
         return self.head(run_blocks(self._blocks, x, condition.blocks, condition.head, attend, drop=drop))
+
+    def dropped(self, labels: Tensor) -> Tensor:
+        """In training, "no class" instead of a label with probability `class_dropout`."""
+        if not self.training or self.class_dropout == 0:
+            return labels
+        dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
+        return torch.where(dropped, self.num_classes, labels)
 
     def generate(
         self,
@@ -285,6 +286,20 @@ class VAR(nn.Module):
     def begin(self, condition: Any, guided: bool, **options: Any) -> "VarSession":
         """Opens a generation for class labels [B]; options: more_smooth."""
         return VarSession(self, self.labels(condition), guided, **options)
+
+
+def uncached(blocks: Sequence[AdaLNBlock], seen: Visibility) -> Attend:
+    """Attention of blocks among the tokens of one call."""
+
+    def attend(i: int, qkv: Tensor) -> Tensor:
+        attn = blocks[i].attn
+        q, k, v = split_qk_norm(qkv, attn.q_scale(), attn.l2_norm)
+        out = ops.row_interval_attention(
+            q, k, v, seen.row_start, seen.row_end, scale=attn.softmax_scale, plan=seen.plan
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    return attend
 
 
 class VarSession(Session):
