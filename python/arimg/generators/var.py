@@ -101,21 +101,17 @@ class VAR(nn.Module):
         shared = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         self.shared_ada_lin: nn.Module = shared if shared_adaln else nn.Identity()
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            AdaLNBlock(
-                width,
-                heads,
-                round(width * mlp_ratio),
-                shared=shared_adaln,
-                l2_norm=attn_l2_norm,
-                drop_path=rate,
-            )
-            for rate in rates
-        )
+        self.blocks = nn.ModuleList(self._block(round(width * mlp_ratio), rate) for rate in rates)
         self.head_nm = AdaLNBeforeHead(width)
         self.head = Linear(width, tokenizer.vocab_size)
         self.register_load_state_dict_pre_hook(_drop_constants)
         self._initialise()
+
+    def _block(self, hidden: int, drop_path: float) -> AdaLNBlock:
+        return AdaLNBlock(
+            self.width, self.heads, hidden, shared=self.shared_adaln, l2_norm=self.attn_l2_norm,
+            drop_path=drop_path,
+        )  # fmt: skip
 
     @property
     def tokenizer(self) -> VQVAE:
@@ -143,11 +139,12 @@ class VAR(nn.Module):
         for block in self._blocks:
             block.attn.proj.weight.div_(math.sqrt(2 * self.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.depth))
-            # rows of the projection: gate1, gate2, then scales and shifts
+            # rows of the projection: the gates, then as many scales and as many shifts
             table = block.ada_gss[0, 0] if self.shared_adaln else block.get_parameter("ada_lin.1.weight")
-            six = table if self.shared_adaln else table.unflatten(0, (6, -1))
-            six[:2].mul_(1e-5)
-            six[2:].mul_(0.5)
+            vectors = table if self.shared_adaln else table.unflatten(0, (-1, self.width))
+            gates = len(vectors) // 3
+            vectors[:gates].mul_(1e-5)
+            vectors[gates:].mul_(0.5)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments but for the tokenizer, as JSON values."""

@@ -18,6 +18,7 @@ from arimg.systems.base import System, SystemModel
 
 MODULES = (
     "var",
+    "mvar",
     "hmar",
     "star",
     "tokenflow",
