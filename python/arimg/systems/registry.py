@@ -20,6 +20,7 @@ MODULES = (
     "var",
     "mvar",
     "hmar",
+    "nfig",
     "star",
     "tokenflow",
     "infinity",

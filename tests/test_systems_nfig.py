@@ -1,0 +1,110 @@
+"""NFIG: no band is empty, the bands sum to the features, coarse scales hold low frequencies."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from arimg import ops, reference
+from arimg.nn.band_quantizer import BandQuantizer
+from arimg.systems import find
+from arimg.systems.nfig import NFIG, quantizer
+from arimg.systems.tokenizer import around
+from arimg.tokenizers import SCALES_256, VQVAE
+from conftest import Backend
+from system_checks import LABELS, check_rows_alone, close, spread, tokens_of, turns_of
+
+SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
+
+
+@pytest.fixture(scope="module")
+def model() -> NFIG:
+    torch.manual_seed(0)
+    made: NFIG = spread(NFIG(around(quantizer()), 3, depth=2, width=32, heads=2))
+    return made
+
+
+def features(batch: int = 8) -> Tensor:
+    noise = torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    return noise + 2 * ops.bicubic_up(noise[:, :, ::2, ::2].contiguous(), (8, 8))
+
+
+def test_every_band_of_the_published_scales_has_frequencies() -> None:
+    for grid, sides in (((16, 16), SCALES_256), ((8, 8), (1, 2, 3, 5, 8))):
+        masks = ops.band_masks(grid, [(s, s) for s in sides])
+        assert bool((masks.sum(0) == 1).all())
+        assert bool((masks.flatten(1).sum(1) > 0).all())
+    f = features()
+    torch.testing.assert_close(ops.frequency_bands(f, SCALES).sum(0), f, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="expected at most"):
+        BandQuantizer(8, 4, tuple((2, 2) for _ in range(9)))
+
+
+def test_indices_sum_to_what_training_sees() -> None:
+    q, f = quantizer(), features()
+    out, indices = q(f), q.encode(f)
+    same = [float((a == b).float().mean()) for a, b in zip(out.indices, indices)]
+    assert min(same) > 0.99  # ties and rounding in the search aside
+    torch.testing.assert_close(q.features(out.indices), out.f_hat, atol=1e-4, rtol=0)
+
+
+def test_coarse_scales_hold_less_of_the_high_frequencies_than_residuals_do() -> None:
+    f, codes = features(32), torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
+    bands = ops.frequency_bands(f, SCALES)
+    ours, _ = ops.encode_bands(list(bands), codes, SCALES)
+    theirs = _residual(f, codes)
+    masks = ops.band_masks((8, 8), SCALES)
+
+    def above(indices: list[Tensor], k: int) -> float:
+        """Spectral energy beyond band k of the sum of the scales up to k."""
+        total = torch.zeros_like(f)
+        for index, (h, w) in zip(indices[: k + 1], SCALES):
+            total += ops.bicubic_up(ops.lookup(index, codes).mT.reshape(len(f), 16, h, w), (8, 8))
+        spectrum = torch.fft.fft2(total).abs().square()
+        return float((spectrum * ~masks[: k + 1].any(0)).sum())
+
+    ratios = [above(ours, k) / above(theirs, k) for k in (1, 2, 3)]
+    assert sum(ratios) / 3 < 0.9
+
+
+def _residual(f: Tensor, codes: Tensor) -> list[Tensor]:
+    """VAR's encoding without its filters: the whole of the features joins before the first scale."""
+    return ops.encode_bands([f, *[torch.zeros_like(f)] * (len(SCALES) - 1)], codes, SCALES)[0]
+
+
+def test_the_loop_has_the_logits_of_teacher_forcing_and_rows_stand_alone(model: NFIG) -> None:
+    turns = turns_of(model)
+    tokens = tokens_of(turns)
+    x = model.tokenizer.quantize.generator_input(tokens.split(model.layout.sizes, 1))
+    forced = model(torch.tensor(LABELS), x)
+    assert close(torch.cat([t.logits[:3] for t in turns], 1), forced, 2e-5)
+    check_rows_alone(model)
+
+
+def test_the_same_draws_on_every_backend(backend: Backend, model: NFIG) -> None:
+    turn = turns_of(model, [1])[-1]
+    settings = turn.run.sampler.settings(turn)
+    logits, seed = turn.logits.to(backend.device), torch.tensor([9], device=backend.device)
+    drawn = ops.sample(logits, seed=seed, position=turn.position, **settings)
+    again = reference.sample(turn.logits, seed=torch.tensor([9]), position=turn.position, **settings)
+    assert torch.equal(drawn.cpu(), again)
+
+
+def test_the_tokenizer_learns() -> None:
+    torch.manual_seed(0)
+    q, f = BandQuantizer(64, 16, SCALES), features(16)
+    torch.nn.init.normal_(q.embedding.weight)
+    optimizer, losses = torch.optim.Adam([q.embedding.weight], 3e-2), []
+    for _ in range(40):
+        loss = q(f).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_full_size() -> None:
+    with torch.device("meta"):
+        big = NFIG(VQVAE(), 1000, depth=16)
+    assert big.layout.length == 680 and tuple(big.head.weight.shape) == (4096, 1024)
+    assert find("nfig").family == "next-frequency"
