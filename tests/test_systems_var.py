@@ -1,0 +1,46 @@
+"""VAR as a system: its cache, its running sum, and what a scale may see."""
+
+from typing import cast
+
+import pytest
+import torch
+
+from arimg.generators.var import VarSession
+from arimg.systems.var import VarModel
+from arimg.tokenizers import VQVAE
+from system_checks import LABELS, check_rows_alone, close, spread, tokens_of, turns_of
+
+
+@pytest.fixture(scope="module")
+def model() -> VarModel:
+    torch.manual_seed(0)
+    tokenizer = VQVAE(40, 8, 8, (1, 1, 1, 1), [1, 2, 3, 4], blocks=1).eval()
+    torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
+    made: VarModel = spread(VarModel(tokenizer, 3, depth=2, width=32, heads=2))
+    return made
+
+
+def test_masked_logits_are_the_cached_ones_and_f_hat_is_the_running_one(model: VarModel) -> None:
+    turns = turns_of(model)
+    indices = list(tokens_of(turns).split(model.layout.sizes, 1))
+    forced = model(torch.tensor(LABELS), model.tokenizer.quantize.generator_input(indices))
+    assert close(torch.cat([t.logits[:3] for t in turns], 1), forced)
+    f_hat = model.tokenizer.quantize.features(indices)
+    assert torch.equal(cast(VarSession, turns[-1].run.session).f_hat, f_hat)
+
+
+def test_earlier_levels_do_not_see_later_ones_and_with_a_full_mask_they_do(
+    model: VarModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(1, model.layout.length - 1, 8, generator=torch.Generator().manual_seed(1))
+    for k, (start, end) in enumerate(model.layout.segments[1:], 1):
+        other = x.clone()
+        other[:, start - 1 : end - 1] += 1.0
+        moved = (model(torch.tensor([0]), x) != model(torch.tensor([0]), other)).any(-1)[0]
+        assert not moved[:start].any() and moved[start:].all(), k
+    monkeypatch.setattr(model, "rule", "full")
+    assert (model(torch.tensor([0]), x) != model(torch.tensor([0]), other)).any(-1).all()
+
+
+def test_rows_are_independent_and_repeat(model: VarModel) -> None:
+    check_rows_alone(model)
