@@ -31,6 +31,7 @@ MODULES = (
     "lumina_mgpt",
     "meissonic",
     "detailflow",
+    "ctf",
     "speculative",
     "dd1",
 )
