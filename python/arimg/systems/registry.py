@@ -32,6 +32,7 @@ MODULES = (
     "meissonic",
     "detailflow",
     "ctf",
+    "vf_prompt",
     "speculative",
     "dd1",
 )
