@@ -162,12 +162,12 @@ class LlamaGen(nn.Module):
 
     def rope(self) -> Rope:
         """Rotations of the class token (to zero) and of the grid."""
-        head_dim, device = self.width // self.heads, self.tok_embeddings.weight.device
+        head_dim, device = self.width // self.heads, self.norm.weight.device
         return rope_2d(self.grid, self.grid, head_dim, self.rope_base, prefix=1, device=device)
 
     def labels(self, labels: int | Sequence[int] | Tensor) -> Tensor:
         """Check class labels and put "no class" (-1) at num_classes: int64 [B] on the model's device."""
-        return class_labels(labels, self.num_classes, self.tok_embeddings.weight.device)
+        return class_labels(labels, self.num_classes, self.norm.weight.device)
 
     def forward(self, labels: Tensor, indices: Tensor) -> Tensor:
         """Teacher forcing: labels [B], the first n tokens [B, n] -> logits of tokens 0..n, [B, n + 1, V].
@@ -475,6 +475,9 @@ def _weights(layer: Layer) -> _Weights:
 
 
 def _matrix(linear: nn.Module) -> Tensor | QuantizedWeight:
+    """What a layer multiplies by; several heads, one below the other."""
+    if isinstance(linear, nn.ModuleList):
+        return torch.cat([cast(nn.Linear, head).weight for head in linear])
     return linear.packed if isinstance(linear, PackedLinear) else cast(nn.Linear, linear).weight
 
 

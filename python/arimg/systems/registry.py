@@ -31,6 +31,7 @@ MODULES = (
     "lumina_mgpt",
     "meissonic",
     "detailflow",
+    "elm",
     "ctf",
     "vf_prompt",
     "speculative",

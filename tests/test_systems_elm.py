@@ -1,0 +1,82 @@
+"""ELM: bits and chunks, K heads, and keys and values that the released sampler does not keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import system_checks as checks
+from arimg.systems import find
+from arimg.systems.elm import BinaryQuantizer, ElmModel, pack, unpack
+from arimg.systems.tokenizer import around
+
+SMALL = {"depth": 2, "width": 32, "heads": 2, "hidden": 48, "dropout": 0.0, "class_dropout": 0.0}
+
+
+def model(chunks: int = 2) -> ElmModel:
+    tokenizer = checks.tokenizer()
+    tokenizer.quantize = BinaryQuantizer(8, 4)
+    return checks.spread(ElmModel(tokenizer, 3, chunks, **SMALL))
+
+
+@pytest.fixture(scope="module")
+def expected() -> Tensor:
+    return checks.tokens_of(checks.turns_of(model()))
+
+
+def test_packed_bits_come_back_and_the_first_is_the_highest() -> None:
+    bits = torch.rand(5, 7, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(unpack(pack(bits), 16), bits)
+    assert pack(torch.tensor([[True, False, False]])).tolist() == [4]
+
+
+def test_names_are_the_released_ones_and_heads_are_small() -> None:
+    tokenizer = around(BinaryQuantizer(16, 8))
+    with torch.device("meta"):
+        m = ElmModel(tokenizer, 1000, 2, depth=1, width=768, heads=12)
+    shapes = {k: tuple(v.shape) for k, v in m.state_dict().items()}
+    assert shapes["tok_embedder.1.weight"] == shapes["output.1.weight"] == (256, 768)
+    assert shapes["proj.weight"] == (768, 1536) and "tok_embeddings.weight" not in shapes
+    assert 100 * 2 * 256 * 768 < 2**16 * 768
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_cached_logits_equal_teacher_forced_ones(chunks: int) -> None:
+    m = model(chunks)
+    turns = checks.turns_of(m)
+    labels = torch.tensor([*checks.LABELS, -1, -1, -1])
+    with torch.no_grad():
+        forced = m(labels, checks.tokens_of(turns)[:, :-1].repeat(2, 1, 1))
+    assert forced.shape == (6, 16, chunks, 2 ** (8 // chunks))
+    assert checks.close(torch.cat([t.logits for t in turns], 1), forced)
+
+
+def test_a_row_depends_on_its_label_and_seed_alone() -> None:
+    assert checks.check_rows_alone(model()).shape == (3, 16, 2)
+
+
+def test_without_a_cache_the_released_way_draws_the_same(expected: Tensor) -> None:
+    m = model()
+    assert torch.equal(checks.tokens_of(checks.turns_of(m, cached=False)), expected)
+    assert list(m.ways()) == ["ELM", "without a cache, as released"]
+
+
+def test_every_backend_draws_the_same_tokens(backend, expected: Tensor) -> None:
+    if backend.device == "cpu":
+        assert torch.equal(checks.tokens_of(checks.turns_of(model())), expected)
+
+
+def test_pictures_are_those_of_the_bits_and_gradients_pass_through_them() -> None:
+    m = model()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    tokens = m.encode(pixels)
+    assert torch.equal(m.decode(None, [tokens[:, :5], tokens[:, 5:]]), m.tokenizer.reconstruct(pixels))
+    f = torch.randn(2, 8, 4, 4, requires_grad=True)
+    m.tokenizer.quantize(f)[0].square().sum().backward()
+    assert f.grad is not None and bool((f.grad != 0).any())
+    assert find("elm").title == "ELM"
+    with pytest.raises(ValueError, match="expected a number of chunks that divides the 8 bits, got 3"):
+        model(3)
+    with pytest.raises(ValueError, match=r"expected indices \[1, n < 16, 2\], got \[1, 3, 1\]"):
+        m(torch.tensor([0]), tokens[:1, :3, :1])
