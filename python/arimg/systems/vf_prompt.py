@@ -126,9 +126,9 @@ class VfSession(LlamaSession):
     def logits(self, turn: Turn) -> Tensor:
         while self.pending.shape[1] > self.chunk:
             prefix = self.pending
-            self.pending = prefix[:, : self.chunk]
+            self.pending = prefix[:, : self.chunk].contiguous()
             self.run(turn)
-            self.pending = prefix[: len(self.pending), self.chunk :]
+            self.pending = prefix[: len(self.pending), self.chunk :].contiguous()
         return super().logits(turn)
 
 
