@@ -1,7 +1,7 @@
 // See contract.h. Online softmax over key tiles. For each tile of query rows the keys of one tile are
 // transposed once, so that a vector holds one channel of W keys; then groups of a few rows, whose scores and
 // outputs fit the registers, pass over it: scores = Q K^T, softmax, out += P V.
-#include "attention/tile_cpu.h"
+#include "attention/attend_cpu.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {

@@ -1,7 +1,7 @@
 // See cached.h. The rows of all query heads that share a key head form one tile, so its keys are read once.
 #include "attention/cached.h"
 
-#include "attention/tile_cpu.h"
+#include "attention/attend_cpu.h"
 
 namespace arimg {
 namespace ARIMG_SIMD {

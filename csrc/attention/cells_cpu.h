@@ -11,6 +11,7 @@ namespace ARIMG_SIMD {
 
 constexpr int kPanel = 2 * W;  // keys or channels of one register tile
 constexpr int kTile = kAttentionKeyTile;
+constexpr int64_t kAheadBytes = 16384;  // what comes from memory is asked for so much ahead
 
 // Numbers as they are stored. Codes still lack the factor of their vector.
 
@@ -22,6 +23,11 @@ template <>
 constexpr bool is_code<Fp8Code> = true;
 
 template <typename T>
+constexpr float stored_unit = 1.f;  // of what load_stored returns
+template <>
+constexpr float stored_unit<Fp8Code> = 256.f;
+
+template <typename T>
 static ARIMG_INLINE F32 load_stored(const T* p) {
   return F32::load(p);
 }
@@ -30,28 +36,31 @@ static ARIMG_INLINE F32 load_stored(const T* p, int n) {
   return F32::load_partial(p, n);
 }
 static ARIMG_INLINE F32 load_stored(const Int8Code* p) {
-  typedef int8_t Bytes __attribute__((vector_size(W)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof(bytes));
-  return to_float(I32(__builtin_convertvector(bytes, IntVec)));
+#if defined(__AVX512F__)  // what compilers make of a conversion of bytes goes element by element
+  return to_float(I32((IntVec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
+#elif ARIMG_WIDTH == 8
+  return to_float(I32((IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))));
+#else
+  return decode(I32::load_bytes(&p->byte), Storage::int8);
+#endif
 }
 static ARIMG_INLINE F32 load_stored(const Int8Code* p, int n) {
   return decode(I32::load_bytes(&p->byte, n), Storage::int8);
 }
+// e4m3 is a half with fewer bits, 2^8 times as large; `factors` make up for it.
 static ARIMG_INLINE F32 load_stored(const Fp8Code* p) {
-#if ARIMG_WIDTH >= 8  // e4m3 is a half with fewer bits, 2^8 times as large
-  typedef int8_t Bytes __attribute__((vector_size(W)));
-  typedef int16_t Shorts __attribute__((vector_size(2 * W)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof(bytes));
-  const Shorts halves = (__builtin_convertvector(bytes, Shorts) << 7) & int16_t(0xbf80);
-  return F32::load((const Half*)&halves) * F32(256.f);
+#if defined(__AVX512F__)
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  return (FloatVec)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(-0x4080)));
+#elif ARIMG_WIDTH == 8
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  return (FloatVec)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(-0x4080)));
 #else
-  return decode(I32::load_bytes(&p->byte), Storage::fp8);
+  return decode(I32::load_bytes(&p->byte), Storage::fp8) * F32(0x1p-8f);
 #endif
 }
 static ARIMG_INLINE F32 load_stored(const Fp8Code* p, int n) {
-  return decode(I32::load_bytes(&p->byte, n), Storage::fp8);
+  return decode(I32::load_bytes(&p->byte, n), Storage::fp8) * F32(0x1p-8f);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -91,27 +100,49 @@ struct Cells {
       i += some;
     }
   }
-  // The addresses of [first, first + count): `at` without its divisions.
-  ARIMG_INLINE void places(int64_t first, int64_t count, const T** to) const {
-    const int64_t cached = old - first < 0 ? 0 : old - first < count ? old - first : count;
-    pages(first, cached, [&](int64_t i, int64_t some, int64_t number, int64_t place) {
-      const T* from = data + number * page_stride + place * stride;
-      for (int64_t j = 0; j < some; ++j) to[i + j] = from + j * stride;
-    });
-    for (int64_t i = cached; i < count; ++i) to[i] = fresh + (first + i - old) * fresh_stride;
+  // Keys [first, first + count) as runs that lie equally far apart: f(index of the first, how many, its
+  // address, elements from key to key, elements from a key to what is read kAheadBytes later).
+  template <typename F>
+  ARIMG_INLINE void runs(int64_t first, int64_t count, F&& f) const {
+    constexpr int64_t far = kAheadBytes / int64_t(sizeof(T));
+    int64_t number = page ? first / page_size : 0, place = page ? first % page_size : first;
+    const int64_t pages_ahead = page && page_size * stride < far ? far / (page_size * stride) : 1;
+    for (int64_t i = 0, some; i < count; i += some) {
+      const int64_t cached = old - first - i;
+      some = count - i;
+      if (cached <= 0) {
+        f(i, some, fresh - cached * fresh_stride, fresh_stride, int64_t(0));
+        continue;
+      }
+      if (some > cached) some = cached;
+      const T* from = data + place * stride;
+      int64_t ahead = far;
+      if (page != nullptr) {
+        from += page[number] * page_stride;
+        const int64_t next = number + pages_ahead;
+        ahead = next * page_size < old ? (page[next] - page[number]) * page_stride : 0;
+        if (some > page_size - place) some = page_size - place;
+        ++number;
+        place = 0;
+      }
+      f(i, some, from, stride, ahead);
+    }
   }
+  // Of codes: what their numbers, as load_stored gives them, are to be multiplied by.
   ARIMG_INLINE void factors(int64_t first, int64_t count, float* to) const {
     pages(first, count, [&](int64_t i, int64_t some, int64_t number, int64_t place) {
-      __builtin_memcpy(to + i, scale + number * scale_stride + place, some * sizeof(float));
+      const float* from = scale + number * scale_stride + place;
+      for (int64_t j = 0; j < some; ++j) to[i + j] = from[j] * stored_unit<T>;
     });
   }
-  // Asks the second-level cache for channels of a key, which need not exist.
-  ARIMG_INLINE void prefetch(int64_t n, int64_t from, int64_t channels) const {
-    if (page != nullptr || n >= old) return;
-    for (int64_t d = 0; d < channels; d += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch((const char*)(data + n * stride + from + d), 0, 2);
-  }
 };
+
+// Asks the second-level cache for elements, which need not exist.
+template <typename T>
+static ARIMG_INLINE void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T)))
+    __builtin_prefetch((const char*)(from + i), 0, 2);
+}
 
 template <typename T>
 static ARIMG_INLINE Cells<T> cells(const T* data, int64_t stride) {

@@ -65,7 +65,13 @@ constexpr float kLn2 = 0.693147181f;
 constexpr int64_t kAttentionMaxRows = 192;  // amortises the transposition of the keys
 constexpr int64_t kAttentionKeyTile = 128;
 constexpr int64_t kAttentionMaxGroup = 12;  // rows that share registers, a bound over all SIMD levels
-constexpr int64_t kAttentionKeyRows = 64;   // keys per entry of a plan's key_rows
+// Rows of a tile up to which keys and values are read as they lie, keys of a step then, and floats from one
+// row of scores to the next.
+constexpr int64_t kAttentionFewRows = 4, kAttentionFewTile = 512,
+                  kAttentionFewStride = kAttentionFewTile + 16;
+constexpr int64_t kAttentionScores = kAttentionFewRows * kAttentionFewStride;
+static_assert(kAttentionScores >= kAttentionMaxGroup * kAttentionKeyTile);
+constexpr int64_t kAttentionKeyRows = 64;  // keys per entry of a plan's key_rows
 
 static inline int64_t attention_padded(int64_t dim) {
   return (dim + 31) / 32 * 32;  // channels padded to two vectors of the widest level
@@ -80,8 +86,7 @@ static inline int64_t attention_tiles(const Attention& p) {
 static inline int64_t attention_scratch(int64_t rows, int64_t dim) {
   int64_t padded = attention_padded(dim);
   int64_t rows_padded = rows + 16;  // maxima are read a vector at a time
-  return 2 * rows * padded + 2 * kAttentionKeyTile * padded + kAttentionMaxGroup * kAttentionKeyTile +
-         2 * rows_padded + 64;
+  return 2 * rows * padded + 2 * kAttentionKeyTile * padded + kAttentionScores + 2 * rows_padded + 64;
 }
 
 ARIMG_CPU_KERNEL(void, attention, (const Attention& p, int64_t begin, int64_t end, float* scratch))

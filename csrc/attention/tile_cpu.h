@@ -12,12 +12,14 @@ namespace arimg {
 namespace ARIMG_SIMD {
 
 constexpr int kGroup = W == 16 ? 12 : W == 8 ? 6 : 4;  // rows: with two vectors each, the registers are full
-constexpr int kFew = 4;  // rows of a tile up to which keys and values are read as they lie
 constexpr int kMaxGroups = (kAttentionMaxRows + kGroup - 1) / kGroup;
 constexpr int64_t kNoKey = -(int64_t(1) << 40);
 constexpr float kLowest =
     -3.4028235e38f;  // a finite start of the running maximum, so that no inf - inf occurs
-static_assert(kTile % kPanel == 0 && kGroup <= kAttentionMaxGroup && kGroup <= W, "tiles are whole panels");
+constexpr int kFew = kAttentionFewRows, kFewTile = kAttentionFewTile, kFewStride = kAttentionFewStride;
+static_assert(kTile % kPanel == 0 && kFewTile % kPanel == 0 && kGroup <= kAttentionMaxGroup && kGroup <= W,
+              "tiles are whole panels");
+static_assert(kFewStride >= kFewTile + W, "a score may be written up to a vector late");
 
 // to[r, c] = to[r, c] * keep[r] + sum over n of a[r * row + n * step] * b[n, c] for R rows and one panel of
 // columns, n in [0, count) in order. keep == nullptr: 0. The strides `row` or `step` are often constants.
@@ -175,7 +177,7 @@ struct Tile {
   float* weight;     // [rows + W] running sums of the softmax
   float* keys;       // [tile / panel, dim, panel]
   float* values;     // [tile, padded]
-  float* scores;     // [group, tile]
+  float* scores;     // [group, tile], or of few rows [few, few stride]
 
   Tile(const Cells<T>& k, const Cells<T>& v, const Visible& visible, int64_t rows, int64_t offset,
        int64_t wrap, int64_t dim, float* scratch)
@@ -192,7 +194,7 @@ struct Tile {
     keys = sums + rows * padded;
     values = keys + kTile * padded;
     scores = values + kTile * padded;
-    highest = scores + kGroup * kTile;
+    highest = scores + kAttentionScores;
     weight = highest + rows + W;
     for (int64_t i = 0; i < rows * padded; i += W) F32(0.f).store(sums + i);
     for (int64_t r = 0; r < rows + W; ++r) {
@@ -230,47 +232,22 @@ static ARIMG_INLINE float lse_of(const Tile<T>& t, int64_t r) {
   return t.weight[r] == 0.f ? -__builtin_inff() : t.highest[r] + __builtin_logf(t.weight[r]);
 }
 
-// sums[i] += the products with channels [d, d + V * W) of key i, key after key as they lie in memory.
-template <int V, typename T>
-static ARIMG_INLINE void score_channels(const float* query, const T* const (&row)[W], int64_t d,
-                                        F32 (&sums)[W]) {
-  F32 q[V];
-#pragma GCC unroll 4
-  for (int j = 0; j < V; ++j) q[j] = F32::load(query + d + j * W);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) sums[i] = mul_add(q[j], load_stored(row[i] + d + j * W), sums[i]);
+// Lane 0 and, for what does not depend on the order, all others: the reduction of the lanes, by halves.
+template <int Half, typename Op, int... Lane>
+static ARIMG_INLINE F32 fold_lanes(F32 x, Op op) {
+  return op(x, F32(__builtin_shufflevector(x.v, x.v, (Lane ^ Half)...)));
 }
-
-// Lane i becomes the sum of the lanes of vector i: half the shuffles of a transposition.
-template <int Distance>
-static ARIMG_INLINE F32 sum_lanes(F32 (&rows)[W], int i) {
-  if constexpr (Distance == 0) {
-    return rows[i];
-  } else {
-    F32 a = sum_lanes<Distance / 2>(rows, i), b = sum_lanes<Distance / 2>(rows, i + Distance);
-    if constexpr (W == 16)
-      exchange<Distance, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(a, b);
-    else if constexpr (W == 8)
-      exchange<Distance, 0, 1, 2, 3, 4, 5, 6, 7>(a, b);
-    else
-      exchange<Distance, 0, 1, 2, 3>(a, b);
-    return a + b;
-  }
-}
-
-// Scores of one row from keys as they lie, W keys at once. row: the addresses of W keys.
-template <typename T>
-static ARIMG_INLINE void score_in_place(const float* query, const T* const (&row)[W], int64_t dim,
-                                        float* scores) {
-  F32 sums[W];
-  for (int i = 0; i < W; ++i) sums[i] = F32(0.f);
-  int64_t d = 0;
-  for (; d + 4 * W <= dim; d += 4 * W) score_channels<4>(query, row, d, sums);
-  if (d + 2 * W <= dim) score_channels<2>(query, row, d, sums), d += 2 * W;
-  if (d + W <= dim) score_channels<1>(query, row, d, sums);
-  sum_lanes<W / 2>(sums, 0).store(scores);
+template <int Half, typename Op>
+static ARIMG_INLINE F32 fold(F32 x, Op op) {
+  if constexpr (Half == 0)
+    return x;
+  else if constexpr (W == 16)
+    return fold<Half / 2>(fold_lanes<Half, Op, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(x, op),
+                          op);
+  else if constexpr (W == 8)
+    return fold<Half / 2>(fold_lanes<Half, Op, 0, 1, 2, 3, 4, 5, 6, 7>(x, op), op);
+  else
+    return fold<Half / 2>(fold_lanes<Half, Op, 0, 1, 2, 3>(x, op), op);
 }
 
 // Lane i: the reduction of the lanes of vector i, i < R, in one order whatever R is.
@@ -282,21 +259,14 @@ static ARIMG_INLINE F32 reduce_rows(F32 (&rows)[W], Op op) {
       for (int i = 0; i < half; ++i) rows[i] = op(rows[i], rows[i + half]);
     return rows[0];
   }
-  float lanes[2 * W], out[W] = {};
-  for (int r = 0; r < R; ++r) {
-    F32 x = rows[r];
-    for (int half = W / 2; half > 0; half /= 2) {
-      x.store(lanes);
-      x = op(x, F32::load(lanes + half));  // the upper half is of no meaning
-    }
-    out[r] = x[0];
-  }
-  return F32::load(out);
+  F32 first = fold<W / 2>(rows[0], op);
+  if constexpr (R == 1) return first;
+  return select(lane_index() < I32(1), first, fold<W / 2>(rows[1], op));
 }
 
 // The scores of R rows, whole panels, become exp(score - highest); decay[r]: by how much older sums shrink.
 // What a step costs per row besides the scores (maxima, exponentials, sums) is done for all rows at once.
-template <int R>
+template <int R, int stride>
 static ARIMG_INLINE void softmax_rows(float* scores, int from, int to, float* highest, float* weight,
                                       float* decay) {
   F32 reduced[W];
@@ -304,8 +274,8 @@ static ARIMG_INLINE void softmax_rows(float* scores, int from, int to, float* hi
   for (int r = 0; r < R; ++r) {
     F32 top0(kLowest), top1(kLowest);
     for (int n = from; n < to; n += kPanel) {
-      top0 = max(F32::load(scores + r * kTile + n), top0);
-      top1 = max(F32::load(scores + r * kTile + n + W), top1);
+      top0 = max(F32::load(scores + r * stride + n), top0);
+      top1 = max(F32::load(scores + r * stride + n + W), top1);
     }
     reduced[r] = max(top0, top1);
   }
@@ -318,7 +288,7 @@ static ARIMG_INLINE void softmax_rows(float* scores, int from, int to, float* hi
   for (int r = 0; r < R; ++r) {
     F32 total0(0.f), total1(0.f), base(tops[r]);
     for (int n = from; n < to; n += kPanel) {
-      float* at = scores + r * kTile + n;
+      float* at = scores + r * stride + n;
       F32 e0 = exp_difference(F32::load(at) - base), e1 = exp_difference(F32::load(at + W) - base);
       e0.store(at);
       e1.store(at + W);
@@ -334,141 +304,12 @@ static ARIMG_INLINE void softmax_rows(float* scores, int from, int to, float* hi
   shrink.store(decay);
 }
 
-template <typename T>
+template <int stride, typename T>
 static ARIMG_INLINE void mask_rows(const Tile<T>& t, int64_t row, int64_t count, const Part& part,
                                    int64_t first) {
   for (int64_t r = 0; r < count; ++r) {
     int64_t i = t.offset + row + r;
-    mask_row(t.scores + r * kTile, part, t.visible, i < t.wrap ? i : i % t.wrap, first);
-  }
-}
-
-// Rows [row, row + R) against the transposed keys of one tile.
-template <int R, typename T>
-static __attribute__((noinline)) void attend(const Tile<T>& t, int64_t row, const Part& part, int64_t first,
-                                             const float* values) {
-  for (int n = part.from; n < part.to; n += kPanel)
-    multiply_panel<R>(t.queries + row * t.padded, t.padded, 1, t.keys + n * t.dim, kPanel, t.dim, nullptr,
-                      t.scores + n, kTile);
-  if (!part.whole) mask_rows(t, row, R, part, first);
-  float decay[W];
-  softmax_rows<R>(t.scores, part.from, part.to, t.highest + row, t.weight + row, decay);
-  for (int64_t d = 0; d < t.dim; d += kPanel)
-    multiply_panel<R>(t.scores + part.low, kTile, 1, values + part.low * t.padded + d, t.padded,
-                      part.high - part.low, decay, t.sums + row * t.padded + d, t.padded);
-}
-
-// Channels [d, d + V * W) of the sums of R rows, from values as they lie; meanwhile the keys of the next tile
-// are asked for, if they come from far.
-template <int R, int V, typename T>
-static ARIMG_INLINE void values_in_place(const Tile<T>& t, const Part& part, int64_t first,
-                                         const T* const* values, const float* decay, int64_t d) {
-  F32 sum[R][V];
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) sum[r][i] = F32::load(t.sums + r * t.padded + d + i * W) * F32(decay[r]);
-  const T* run = t.v.run(first + part.low, part.high - part.low);
-  for (int n = part.low; n < part.high; ++n) {
-    const T* v = (run != nullptr ? run + (n - part.low) * t.v.stride : values[n]) + d;
-    if (t.far) t.k.prefetch(first + kTile + n, d, V * W);
-    F32 value[V];
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) value[i] = load_stored(v + i * W);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      F32 weight(t.scores[r * kTile + n]);
-#pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) sum[r][i] = mul_add(weight, value[i], sum[r][i]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) sum[r][i].store(t.sums + r * t.padded + d + i * W);
-}
-
-// Scores or weights of R rows times the factors of the keys; NaN where a factor is NaN or infinite, as the
-// values are then.
-template <int R>
-static ARIMG_INLINE void multiply_factors(const Part& part, const float* factor, float* scores) {
-  for (int n = part.from; n < part.to; n += W) {
-    const F32 f = F32::load(factor + n), nan = f - f;
-    for (int r = 0; r < R; ++r)
-      mul_add(F32::load(scores + r * kTile + n), f, nan).store(scores + r * kTile + n);
-  }
-}
-
-// All R rows of a tile of few rows against keys and values as they lie; channels are whole vectors.
-template <int R, typename T>
-static __attribute__((noinline)) void attend_few(const Tile<T>& t, const Part& part, int64_t first) {
-  const int64_t begin = first + part.low, count = part.high - part.low;
-  const T *run = t.k.run(begin, count), *key_at[kTile], *value_at[kTile];
-  if (run == nullptr) {
-    t.k.places(begin, count, key_at + part.low);
-    t.v.places(begin, count, value_at + part.low);
-  }
-  for (int n = part.from; n < part.to; n += W) {
-    const T* keys[W];
-    for (int i = 0; i < W; ++i) {
-      int key = n + i < part.low ? part.low : n + i < part.high ? n + i : part.high - 1;  // masked later
-      if (t.far) t.v.prefetch(first + key, 0, t.dim);
-      keys[i] = run != nullptr ? run + (key - part.low) * t.k.stride : key_at[key];
-    }
-    for (int r = 0; r < R; ++r)
-      score_in_place(t.queries + r * t.padded, keys, t.dim, t.scores + r * kTile + n);
-  }
-  alignas(64) float factor[kTile];
-  if constexpr (is_code<T>) {
-    for (int n = part.from; n < part.to; n += W) F32(0.f).store(factor + n);
-    t.k.factors(begin, count, factor + part.low);
-    multiply_factors<R>(part, factor, t.scores);
-  }
-  if (!part.whole) mask_rows(t, 0, R, part, first);
-  float decay[W];
-  softmax_rows<R>(t.scores, part.from, part.to, t.highest, t.weight, decay);
-  if constexpr (is_code<T>) {
-    t.v.factors(begin, count, factor + part.low);
-    multiply_factors<R>(part, factor, t.scores);
-  }
-  int64_t d = 0;
-  for (; d + 4 * W <= t.dim; d += 4 * W) values_in_place<R, 4>(t, part, first, value_at, decay, d);
-  if (d + 2 * W <= t.dim) values_in_place<R, 2>(t, part, first, value_at, decay, d), d += 2 * W;
-  if (d + W <= t.dim) values_in_place<R, 1>(t, part, first, value_at, decay, d);
-}
-
-// All rows of the tile against the keys [begin, end); begin is a multiple of the key tile.
-template <typename T>
-static void attend_tile(const Tile<T>& t, int64_t begin, int64_t end) {
-  Span spans[kMaxGroups], all = span_of(t.visible, t.offset, t.rows, t.wrap);
-  for (int64_t row = 0; row < t.rows; row += kGroup)
-    spans[row / kGroup] =
-        span_of(t.visible, t.offset + row, t.rows - row < kGroup ? t.rows - row : kGroup, t.wrap);
-  const bool few = t.rows <= kFew && t.dim % W == 0;
-  const int64_t sinks = t.visible.sinks;
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t count = end - first < kTile ? end - first : kTile;
-    const Part used(all, sinks, first, count);
-    if (used.empty()) continue;
-    if (few) {
-      with_rows<kFew>(t.rows, [&](auto rows) { attend_few<rows.value>(t, used, first); });
-      continue;
-    }
-    load_transposed(t.k, first + used.from, used.high - used.from, t.dim, t.keys + used.from * t.dim);
-    // fp32 values are read in place, unless their rows are so far apart that they would evict each other.
-    const float* values = t.values;
-    if (sizeof(T) == 4 && t.dim == t.padded && t.v.stride == t.dim && t.v.run(first, count) != nullptr) {
-      values = (const float*)t.v.at(first);
-    } else {
-      float factor[kTile];
-      if constexpr (is_code<T>) t.v.factors(first + used.low, used.high - used.low, factor + used.low);
-      for (int64_t n = used.low; n < used.high; ++n)
-        load_row(t.v.at(first + n), t.dim, t.padded, is_code<T> ? factor[n] : 1.f, t.values + n * t.padded);
-    }
-    for (int64_t row = 0; row < t.rows; row += kGroup) {
-      const Part part(spans[row / kGroup], sinks, first, count);
-      if (part.empty()) continue;
-      with_rows<kGroup>(t.rows - row < kGroup ? t.rows - row : kGroup,
-                        [&](auto group) { attend<group.value>(t, row, part, first, values); });
-    }
+    mask_row(t.scores + r * stride, part, t.visible, i < t.wrap ? i : i % t.wrap, first);
   }
 }
 
