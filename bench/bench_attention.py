@@ -180,14 +180,18 @@ def test_cached_attention(
 
 
 @pytest.mark.parametrize("peer", [OURS, "pages of 64", "pages of 16"])
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "storage",
+    [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
+    ids=["fp32", "bf16", "int8", "fp8"],
+)
 @pytest.mark.parametrize("queries", [1, 64])
 def test_paged_cached_attention(
     queries: int, storage: torch.dtype, peer: str, measure: Callable[..., float]
 ) -> None:
-    """A paged cache against a contiguous one of the same tokens; int8 with queries in float32."""
+    """A paged cache against a contiguous one of the same tokens; one-byte ones with queries in float32."""
     length, g = 14 if SMOKE else 576, torch.Generator().manual_seed(0)
-    dtype = torch.float32 if storage == torch.int8 else storage
+    dtype = torch.float32 if storage.itemsize == 1 else storage
     qkv = torch.randn(2, length, 3 * HEADS, DIM, generator=g).to(dtype)
     q = torch.randn(2, HEADS, queries, DIM, generator=g).to(dtype)
     whole = KVCache(2, HEADS, length, DIM, storage)
