@@ -7,6 +7,7 @@ from torch import nn
 
 from arimg.accelerate import swap
 from arimg.accelerate.autoencoder import recognise_autoencoder
+from arimg.accelerate.families import recognise_family
 from arimg.accelerate.few_rows import recognise_head
 from arimg.accelerate.graphs import Backend, Graphs
 from arimg.accelerate.imagegpt import recognise_imagegpt
@@ -18,8 +19,10 @@ from arimg.accelerate.vector_quantize import recognise_vector_quantize
 from arimg.accelerate.vqvae_quantizer import recognise_vqvae_quantizer
 from arimg.nn.packed_linear import CODES
 
-# Each takes (report, path, module) and returns True where it knows the module, replaced or not.
+# Each takes (report, path, module) and returns True where it knows the module, replaced or not. The families
+# come first: two of them have all names of a VAR or a LlamaGen, and more.
 RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = (
+    ("generators of FlexVAR, HMAR, Infinity, MAR and NAR, by the names of their parts", recognise_family),
     ("VAR's generator (blocks with AdaLN, pos_1LC, lvl_embed, vae_proxy)", recognise_var),
     ("VAR's multi-scale quantizer (embedding, quant_resi, v_patch_nums)", recognise_var_quantizer),
     ("LlamaGen's transformer (cls_embedding, tok_embeddings, layers, setup_caches)", recognise_llamagen),
