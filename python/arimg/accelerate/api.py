@@ -13,6 +13,7 @@ from arimg.accelerate.graphs import Backend, Graphs
 from arimg.accelerate.imagegpt import recognise_imagegpt
 from arimg.accelerate.llama_layer import recognise_llama_layers
 from arimg.accelerate.llamagen import recognise_llamagen
+from arimg.accelerate.llamagen_quantizer import recognise_llamagen_quantizer
 from arimg.accelerate.report import Entry, Report
 from arimg.accelerate.var import recognise_var, recognise_var_quantizer
 from arimg.accelerate.vector_quantize import recognise_vector_quantize
@@ -32,6 +33,7 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
     ),
     ("ImageGPT's blocks in transformers (wte, wpe, h, ln_f)", recognise_imagegpt),
     ("quantizers of transformers' VQVAEs (an embedding alone)", recognise_vqvae_quantizer),
+    ("LlamaGen's quantizer (embedding, n_e, e_dim, l2_norm)", recognise_llamagen_quantizer),
     ("vocabulary heads (lm_head, generation_head)", recognise_head),
     ("vector-quantize-pytorch's VectorQuantize (_codebook with embed)", recognise_vector_quantize),
     ("a VQGAN's residual blocks and upsampling (norm1, conv1, norm2, conv2)", recognise_autoencoder),
