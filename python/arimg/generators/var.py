@@ -302,13 +302,22 @@ def uncached(blocks: Sequence[AdaLNBlock], seen: Visibility) -> Attend:
 class VarSession(Session):
     """One generation: constants of the labels, keys and values of the scales so far, and their sum f_hat."""
 
-    def __init__(self, model: VAR, labels: Tensor, guided: bool, more_smooth: bool = False) -> None:
+    def __init__(
+        self,
+        model: VAR,
+        labels: Tensor,
+        guided: bool,
+        more_smooth: bool = False,
+        layout: Layout | None = None,
+    ) -> None:
+        """layout: another than the model's, where its positions and inputs allow it."""
         self.model, self.blocks, self.guided, self.more_smooth = model, model._blocks, guided, more_smooth
-        self.layout, self.rows, self.device = model.layout, len(labels), labels.device
+        self.layout = model.layout if layout is None else layout
+        self.rows, self.device = len(labels), labels.device
         self.f_hat = model.tokenizer.quantize.empty(self.rows)
         rows = self._start(labels)
         p = model.pos_1LC
-        shape = (rows, model.heads, model.layout.length, model.width // model.heads)
+        shape = (rows, model.heads, self.layout.length, model.width // model.heads)
         dtype, kind = p.dtype, p.device.type  # under autocast keys and values come in its type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -330,11 +339,11 @@ class VarSession(Session):
     def _step(self, k: int, f_hat: Tensor) -> Tensor:
         """Logits of scale k, given f_hat [B, C, H, W] of the scales before."""
         model = self.model
-        start, end = model.layout.segments[k]
+        start, end = self.layout.segments[k]
         if k == 0:
             x = self.condition.first
         else:
-            maps = model.tokenizer.quantize.next_map(f_hat, k)
+            maps = self._next_map(k, f_hat)
             x = model.word_embed(maps.to(model.word_embed.weight.dtype))
             x = x.repeat(2, 1, 1) if self.guided else x
         h = run_blocks(
@@ -345,6 +354,10 @@ class VarSession(Session):
             self._attend,
         )
         return model.head(h)
+
+    def _next_map(self, k: int, f_hat: Tensor) -> Tensor:
+        """What the model sees before it predicts scale k, [B, h * w, Cvae]."""
+        return self.model.tokenizer.quantize.next_map(f_hat, k)
 
     def feed(self, turn: Turn) -> None:
         """Adds the codes of the scale to f_hat; a step that was handed out keeps its own."""

@@ -18,6 +18,7 @@ from arimg.systems.base import System, SystemModel
 
 MODULES = (
     "var",
+    "flexvar",
     "mvar",
     "hmar",
     "nfig",
