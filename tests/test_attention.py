@@ -67,7 +67,7 @@ def test_a_plan_changes_nothing_but_the_tiles(backend, rule, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [8, 24, 32, 40, 64, 96, 128, 200, 256])
+@pytest.mark.parametrize("D", [8, 24, 32, 40, 64, 80, 96, 128, 200, 256])
 def test_head_dims(backend, D, dtype):
     q, k, v = make(1, 1, 70, D, dtype, backend.device)
     layout = Layout.scales([3, (5, 2), (3, 17)])
