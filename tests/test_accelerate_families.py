@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import arimg
+from arimg import ops
 from arimg.accelerate import few_rows
 from arimg.accelerate.families import _PARTS, FAMILIES
 from arimg.accelerate.few_rows import FewRows
@@ -93,19 +94,24 @@ def test_gradients_are_the_original_s(subject, products):
         assert want and all(torch.equal(a, b) for a, b in zip(gradients(), want)) and products[0] == 0
 
 
-def test_copies_in_bfloat16_are_counted_and_given_back(subject, products):
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"weights": "int8"}])
+def test_copies_are_counted_and_given_back(subject, products, options):
     name, model, use, _ = subject
-    if name == "FlexVAR":  # of one scale, for a rounding of bfloat16 may choose another code
+    if name == "FlexVAR":  # of one scale, for a rounding may choose another code
 
         def use(m):
             return m.autoregressive_infer_cfg(drawn(40, 8), LABELS, (1,))
 
     want = use(model)
-    report = arimg.accelerate(model, dtype=torch.bfloat16)
-    linears = [model.get_submodule(e.path) for e in report.replaced if "few rows" in e.note]
-    assert report.memory == 2 * sum(m.weight.numel() for m in linears)
+    report = arimg.accelerate(model, **options)
     got = use(model)
     assert 0 < (got - want).norm() < 0.1 * want.norm() and products[0] > 0
+    weights = [model.get_submodule(e.path).weight for e in report.replaced if "few rows" in e.note]
+    if "dtype" in options:
+        assert report.memory == 2 * sum(w.numel() for w in weights)
+    else:
+        codes = [ops.quantize_weight(w) for w in weights]
+        assert report.memory == sum(c.codes.nbytes + c.scales.nbytes for c in codes)
     report.restore()
     assert torch.equal(use(model), want) and not few_rows._copies
 

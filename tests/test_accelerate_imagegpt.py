@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import arimg
+from arimg import ops
 from arimg.accelerate import few_rows
 from arimg.accelerate import imagegpt as accelerated
 from tiny_transformers import chameleon, emu3, imagegpt, janus, spread, transformers
@@ -93,6 +94,31 @@ def test_copies_of_the_weights(runs):
         copied = sum(p.numel() for n, p in model.named_parameters() if ".c_" in n and p.dim() == 2)
         assert report.memory == 2 * (copied + model.lm_head.weight.numel())
     assert not few_rows._copies and torch.equal(scored(model, tokens), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_codes_of_the_weights(runs, weights):
+    """Of the turned weights: steps have the logits of the rounded ones; memory is counted and given back."""
+    model, twin, bits = imagegpt(), imagegpt(), few_rows.BITS[weights]
+    copied = [p for n, p in model.named_parameters() if ".c_" in n and p.dim() == 2]
+    codes = [ops.quantize_weight(w.t(), bits) for w in copied]
+    for w, c in zip((p for n, p in twin.named_parameters() if ".c_" in n and p.dim() == 2), codes):
+        w.copy_(ops.dequantize_weight(c).t())
+    codes.append(ops.quantize_weight(model.lm_head.weight, bits))
+    twin.lm_head.weight = torch.nn.Parameter(ops.dequantize_weight(codes[-1]), requires_grad=False)
+    tokens = torch.randint(0, 60, (2, 30), generator=torch.Generator().manual_seed(1))
+    exact = scored(model, tokens)
+    store = transformers.DynamicCache(config=model.config)
+    model(input_ids=tokens[:, :1], cache=store, use_cache=True)  # reads the weights themselves
+    rest = [twin(input_ids=t, cache=store, use_cache=True).logits for t in tokens[:, 1:].split(1, 1)]
+    report = arimg.accelerate(model, weights=weights)
+    got = scored(model, tokens)
+    assert runs[0] == 3 * 29 and (got[:, 1:] - torch.cat(rest, 1)).abs().max() < 1e-3
+    assert (got - exact).abs().max() > 0.01
+    assert report.memory == sum(c.codes.nbytes + c.scales.nbytes for c in codes)
+    report.restore()
+    assert not few_rows._copies and torch.equal(scored(model, tokens), exact)
 
 
 def test_what_is_not_known_runs_the_original(runs):

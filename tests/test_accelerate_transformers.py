@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import arimg
+from arimg import ops
 from arimg.accelerate import decode_step, few_rows, llama_layer
 from arimg.accelerate.swap import is_swapped
 from tiny_transformers import TEXT, chameleon, emu3, janus, spread, transformers
@@ -308,6 +309,52 @@ def test_copies_of_the_weights():
     report.restore()
     assert not few_rows._copies
     assert (scored(model, tokens) - changed).abs().mean() < peer
+
+
+def rounded(model, weights):
+    """The model in steps with the weights that codes stand for; its prompt reads the weights themselves."""
+    twin = copy.deepcopy(model)
+    for name, module in twin.named_modules():
+        if name.endswith("lm_head") or ("layers" in name and name.endswith("proj")):
+            packed = ops.quantize_weight(module.weight, few_rows.BITS[weights])
+            module.weight.data = ops.dequantize_weight(packed)
+
+    def run(input_ids, **step):
+        return (model if input_ids.shape[1] > 1 else twin)(input_ids=input_ids, **step)
+
+    run.config = model.config
+    return run
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["biases", "chameleon-swin", "emu3"])
+def test_codes_of_the_weights(runs, name, weights):
+    """Steps have the logits of the rounded weights and follow changes; memory is counted and given back."""
+    model = MODELS[name]()
+    o_proj = next(m for n, m in model.named_modules() if n.endswith("layers.0.self_attn.o_proj"))
+    tokens = torch.randint(5, 60, (2, 8), generator=torch.Generator().manual_seed(1))
+    exact, state = scored(model, tokens), copy.deepcopy(model.state_dict())
+    want = [scored(rounded(model, weights), tokens)]
+    o_proj.weight.zero_()
+    want.append(scored(rounded(model, weights), tokens))
+    model.load_state_dict(state)
+    report = arimg.accelerate(model, weights=weights)
+    got = [scored(model, tokens)]
+    kept = [packed for _, packed in few_rows._copies.values()]
+    assert len(kept) == LAYERS * 5 + 1 and runs[0] == LAYERS * 8
+    assert report.memory == sum(c.codes.nbytes + c.scales.nbytes for c in kept)
+    assert f"weights {weights}" in str(report) and f"no {weights} here" not in str(
+        [e for e in report.kept if "layers" in e.path or "lm_head" in e.path]
+    )
+    o_proj.weight.zero_()
+    got.append(scored(model, tokens))
+    for a, b in zip(got, want):
+        assert (a - b)[:, 1:].abs().max() < 1e-3
+    assert (got[0] - exact).abs().max() > 0.01
+    model.load_state_dict(state)
+    report.restore()
+    assert not few_rows._copies and torch.equal(scored(model, tokens), exact)
 
 
 def test_relatives_with_other_arithmetic_are_kept():

@@ -57,9 +57,10 @@ def accelerate(
     dtype: torch.bfloat16 or torch.float16 runs a generator's transformer in this type, on a copy of its
     weights (half the original's memory on top), made anew when they change; the few-row products of
     transformers' models read such a copy.
-    weights: "int8" or "int4" lets the steps of LlamaGen's transformer read such a copy of the weights (a
-    quarter or an eighth of float32's memory on top): faster, and an approximation (docs/drop-in.md). Parts
-    that do not take it are named in the report. Not together with dtype.
+    weights: "int8" or "int4" lets the steps of LlamaGen's transformer, and the products of a few rows of
+    other models, read such a copy of the weights (a quarter or an eighth of float32's memory on top): faster,
+    and an approximation (docs/drop-in.md). Parts that do not take it are named in the report. Not together
+    with dtype.
     graphs: the steps of a generator are captured as CUDA graphs, each at the second call of its shape, and
     replayed; their memory stays taken between pictures. Where that is not possible the report says why. A
     `graphs.Backend` captures in another way.

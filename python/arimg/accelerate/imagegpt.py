@@ -132,7 +132,7 @@ def recognise_imagegpt(report: Report, path: str, module: nn.Module) -> bool:
         return True
     for i, block in enumerate(blocks):
         weights = [conv.weight for conv in _parts(block).products]
-        report.swap_copied(block, _Block, f"{path}.h.{i}".lstrip("."), _NOTE, weights)
+        report.swap_copied(block, _Block, f"{path}.h.{i}".lstrip("."), _NOTE, weights, turned=True)
     return True
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from arimg.accelerate import swap
 from arimg.accelerate.graphs import Graphs
 from arimg.accelerate.swap import Mixin
+from arimg.accelerate.view import bytes_of_code
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,17 @@ class Report:
         path: str,
         note: str,
         weights: Iterable[Tensor],
+        turned: bool = False,
         **options: Any,
     ) -> None:
-        """`swap` for a module that multiplies by copies of these weights where they are float32 (`dtype`)."""
+        """`swap` for a module that multiplies by copies of these weights: codes (`weights`), or another type
+        of those that are float32 (`dtype`). turned: they are [I, O].
+        """
+        if self.weights is not None:
+            self.memory += sum(bytes_of_code(w.t() if turned else w, self.weights) for w in weights)
+            note = f"{note}; weights {self.weights}"
+            self.swap(module, mixin, path, note, weights_storage=self.weights, **options)
+            return
         self.swap(module, mixin, path, note, weights_storage=self.dtype, **options)
         if self.dtype is not None:
             copied = sum(w.numel() for w in weights if w.dtype == torch.float32)

@@ -45,6 +45,13 @@ def bytes_of_codes(module: nn.Module, build: Callable[[Any], nn.Module], storage
     return sum(b.nbytes for layer in layers if isinstance(layer, PackedLinear) for b in layer.buffers())
 
 
+def bytes_of_code(weight: Tensor, storage: str) -> int:
+    """What a copy of this weight [O, I] in codes takes."""
+    packed = pack_weight(torch.empty_like(weight, device="meta"), storage)
+    assert isinstance(packed, QuantizedWeight)
+    return packed.codes.nbytes + packed.scales.nbytes
+
+
 def misfit(module: nn.Module, build: Callable[[Any], nn.Module]) -> str:
     """Why the view does not fit the module, or nothing."""
     try:
