@@ -107,9 +107,7 @@ class VQModel(nn.Module):
         """Images in [0, 1] -> directions before quantization, [B, h, w, D]."""
         f = self.factor
         if images.dim() != 4 or images.shape[1] != 3 or any(n % f or not n for n in images.shape[2:]):
-            raise ValueError(
-                f"expected images [B, 3, multiple of {f}, multiple of {f}], got {list(images.shape)}"
-            )
+            raise ValueError(f"expected images [B, 3, H, W] of multiples of {f}, got {list(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"expected floating-point images in [0, 1], got {images.dtype}")
         x = images.to(self.quant_conv.weight.dtype).mul(2).sub(1)
