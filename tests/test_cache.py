@@ -441,3 +441,18 @@ def test_bad_states_are_refused():
     with pytest.raises(ValueError, match=r"expected dtypes of \['s'\], got \['t'\]"):
         StateCache(1, {"s": (1,)}, dtypes={"t": torch.half})
     assert torch.equal(cache["s"], before)
+
+
+@PAGED
+@pytest.mark.parametrize("new", [1, 3, 5])
+def test_padding_is_seen_by_itself_alone(page_size, new):
+    cache, x, padding = make(page_size), tokens(5), torch.tensor([0, 2, 4], dtype=torch.int32)
+    if new < 5:
+        cache.append(x[:, : 5 - new])
+    q = cache.append(x[:, 5 - new :])
+    got = cache.attend_causal(q, padding=padding)
+    q, k, v = x.permute(2, 0, 3, 1, 4)
+    i = torch.arange(5)
+    seen = (i <= i[:, None]) & (i >= padding[:, None, None]) | (i == i[:, None])
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
+    torch.testing.assert_close(got, want[:, :, 5 - new :], rtol=1e-5, atol=1e-6)

@@ -335,15 +335,17 @@ class KVCache:
         )  # fmt: skip
 
     def attend_causal(
-        self, q: Tensor, starts: Sequence[int] | None = None, *, scale: float | None = None
-    ) -> Tensor:
+        self, q: Tensor, starts: Sequence[int] | None = None, *, padding: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of the newest tokens q [B, Hq, L, D], appended or peeked: each sees itself and what
         stands before it in its row. starts: where they begin in each row (default: they are the last L).
+        padding: int32 [B], how many tokens at a row's beginning no other one sees.
         """
         self._expect_alive()
         tokens = q.shape[2]
         ends = [n + peeked for n, peeked in zip(self._lengths, self._peeked)]
-        if tokens == 1 and starts is None and not any(self._peeked):
+        if tokens == 1 and starts is None and padding is None and not any(self._peeked):
             return self.attend(q, scale=scale)
         first = [end - tokens for end in ends] if starts is None else self._per_row("starts", starts)
         longest, parts = max(first, default=0) + tokens, (self.k, self.v)
@@ -364,7 +366,8 @@ class KVCache:
             )
         end = torch.tensor(first, dtype=torch.int32)[:, None] + torch.arange(1, tokens + 1, dtype=torch.int32)
         end = end.to(q.device, non_blocking=True)
-        out: Tensor = ops.row_interval_attention(q, k, v, torch.zeros_like(end), end, scale=scale)
+        start = torch.zeros_like(end) if padding is None else torch.minimum(padding[:, None], end - 1)
+        out: Tensor = ops.row_interval_attention(q, k, v, start, end, scale=scale)
         return out
 
     def pooled_view(

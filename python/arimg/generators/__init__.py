@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from arimg.generators.llamagen import LlamaGen
+from arimg.generators.llamagen_text import Captions, TextLlamaGen
 from arimg.generators.loop import ALWAYS, EachStep, Repeat, Sampler, Session, Turn, final_tokens, generate
 from arimg.generators.speculative import BiasedGrouped, Draft, Grouped, Jacobi
 from arimg.generators.var import VAR, Step
@@ -14,6 +15,7 @@ __all__ = [
     "ALWAYS",
     "VAR",
     "BiasedGrouped",
+    "Captions",
     "Draft",
     "EachStep",
     "Grouped",
@@ -23,6 +25,7 @@ __all__ = [
     "Sampler",
     "Session",
     "Step",
+    "TextLlamaGen",
     "Turn",
     "final_tokens",
     "generate",

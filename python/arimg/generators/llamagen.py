@@ -135,18 +135,28 @@ class LlamaGen(nn.Module):
         heads is needed where they are not 64 wide. grid is not in the weights: 16 (256 px) unless given; 24
         for the released models of 384 px.
         """
+        sizes = cls._sizes(state, heads) | cls._condition_sizes(state) | options
+        with torch.device("meta"):
+            model = cls(**sizes)
+        model = model.to(state["tok_embeddings.weight"].dtype).to_empty(device="cpu").eval()
+        checkpoint.load_checked(model, state, cls.__name__)
+        return model
+
+    @staticmethod
+    def _sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
         vocab, width = checkpoint.tensor_of(state, "tok_embeddings.weight", 2, "LlamaGen").shape
-        classes = len(checkpoint.tensor_of(state, "cls_embedding.embedding_table.weight", 2, "LlamaGen"))
         rows = len(checkpoint.tensor_of(state, "layers.0.attention.wqkv.weight", 2, "LlamaGen"))
         hidden = len(checkpoint.tensor_of(state, "layers.0.feed_forward.w1.weight", 2, "LlamaGen"))
         heads = heads or width // 64
         kv_heads = (rows * heads // width - heads) // 2
         depth = checkpoint.count(state, "layers.")
-        with torch.device("meta"):
-            model = cls(vocab, classes - 1, depth, width, heads, kv_heads=kv_heads, hidden=hidden, **options)
-        model = model.to(state["tok_embeddings.weight"].dtype).to_empty(device="cpu").eval()
-        checkpoint.load_checked(model, state, "LlamaGen")
-        return model
+        sizes = dict(vocab_size=vocab, depth=depth, width=width, heads=heads)
+        return sizes | dict(kv_heads=kv_heads, hidden=hidden)
+
+    @staticmethod
+    def _condition_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+        table = checkpoint.tensor_of(state, "cls_embedding.embedding_table.weight", 2, "LlamaGen")
+        return {"num_classes": len(table) - 1}
 
     def pack(self, storage: str = "int8", group: int | None = None) -> "LlamaGen":
         """Store the weights of the layers and of the head as int8 or int4, in place, for generation.
@@ -175,11 +185,13 @@ class LlamaGen(nn.Module):
         n < length. In training a label becomes "no class" with probability `class_dropout`.
         """
         labels = self.dropped(self.labels(labels))
-        if indices.dim() != 2 or len(indices) != len(labels) or indices.shape[1] >= self.length:
+        before = self.prefix(labels)
+        if indices.dim() != 2 or len(indices) != len(before) or indices.shape[1] >= self.length:
             raise ValueError(
-                f"expected indices [{len(labels)}, n < {self.length}], got {list(indices.shape)}"
+                f"expected indices [{len(before)}, n < {self.length}], got {list(indices.shape)}"
             )
-        return self.teach(torch.cat((self.prefix(labels), self.embed(indices)), dim=1))
+        h = torch.cat((before, self.embed(indices)), dim=1)
+        return self.teach(h, self.padding(labels))[:, before.shape[1] - 1 :]
 
     # What subclasses change: what stands before a picture, the inputs, which of them see which, the layers.
 
@@ -187,6 +199,10 @@ class LlamaGen(nn.Module):
         """What stands before a picture of these classes (checked, [B]): [B, P, C]."""
         embedded: Tensor = self.cls_embedding.embedding_table(labels)
         return embedded[:, None]
+
+    def padding(self, labels: Tensor) -> Tensor | None:
+        """How many inputs at the beginning of each row no other one sees, int32 [B]."""
+        return None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n] as inputs of the layers, [B, n, C]."""
@@ -208,15 +224,18 @@ class LlamaGen(nn.Module):
         dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
         return torch.where(dropped, self.num_classes, labels)
 
-    def teach(self, h: Tensor) -> Tensor:
+    def teach(self, h: Tensor, padding: Tensor | None = None) -> Tensor:
         """All inputs of a sequence at once, [B, L, C]: the logits of each, differentiable."""
         rope, at = self.rope(), torch.arange(h.shape[1], device=h.device)[None]
-        seen = self.intervals(h.shape[1], h.device)
+        start, end = self.intervals(h.shape[1], h.device)
+        if padding is not None:
+            start = torch.maximum(start, torch.minimum(padding[:, None], end - 1))
+            end = end.expand_as(start)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             parts = qkv.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
             q, k = (rotate(t, rope, at).to(qkv.dtype) for t in parts[:2])
-            out: Tensor = ops.row_interval_attention(q, k, parts[2], *seen)
+            out: Tensor = ops.row_interval_attention(q, k, parts[2], start, end)
             return out
 
         return self.decoder().run(h, attend, self.dropout if self.training else 0.0)
@@ -251,8 +270,9 @@ class LlamaGen(nn.Module):
         window, the most drafts that a pass may look at.
         """
         labels = self.labels(condition)
-        prefix = self.prefix(self.with_unconditional(labels, guided))
-        return LlamaSession(self, prefix, len(labels), **options)
+        rows = self.with_unconditional(labels, guided)
+        prefix, padding = self.prefix(rows), self.padding(rows)
+        return LlamaSession(self, prefix, len(prefix) // (1 + guided), padding=padding, **options)
 
     def with_unconditional(self, labels: Tensor, guided: bool) -> Tensor:
         """Labels of all rows of a generation: where guidance is on, "no class" for each behind them."""
@@ -262,19 +282,20 @@ class LlamaGen(nn.Module):
 class LlamaSession(Session):
     """One generation: keys and values of the tokens so far, and the inputs that are not among them yet.
 
-    prefix: embeddings [B or 2B, P, C] of the condition, which stand before the picture. The last token of a
-    row is
-    always pending: its keys and values are written by the pass that predicts what follows it.
+    prefix: embeddings [B or 2B, P, C] of the condition, which stand before the picture; padding: how many of
+    them are none, int32 [B or 2B]. The last token of a row is always pending: its keys and values are written
+    by the pass that predicts what follows it.
     """
 
     def __init__(
-        self, model: LlamaGen, prefix: Tensor, rows: int, tokens: int | None = None, window: int = 0
-    ) -> None:
+        self, model: LlamaGen, prefix: Tensor, rows: int, tokens: int | None = None, window: int = 0,
+        padding: Tensor | None = None,
+    ) -> None:  # fmt: skip
         steps = model.layout.shapes
         tokens = len(steps) if tokens is None else tokens
         if not 0 < tokens <= len(steps):
             raise ValueError(f"expected tokens from 1 to {len(steps)}, got {tokens}")
-        self.model, self.rows, self.device = model, rows, prefix.device
+        self.model, self.rows, self.device, self.padding = model, rows, prefix.device, padding
         self.layout, self.vocabulary = Layout(steps[:tokens]), model.vocab_size
         self.decoder, self.rope = model.decoder(), _extended(model.rope(), window)
         self.pending, self.last = prefix, torch.zeros(rows, dtype=torch.int64, device=prefix.device)
@@ -309,7 +330,7 @@ class LlamaSession(Session):
 
     def attend(self, cache: KVCache, q: Tensor) -> Tensor:
         """Attention of the newest queries over what they see."""
-        return cache.attend_causal(q)
+        return cache.attend_causal(q, padding=self.padding)
 
     def feed(self, turn: Turn) -> None:
         """Of drafts each row keeps its own number; behind it the caches forget."""
@@ -340,6 +361,7 @@ class LlamaSession(Session):
 
     def _drop_unconditional(self) -> None:
         self.pending = self.pending[: self.rows]
+        self.padding = None if self.padding is None else self.padding[: self.rows]
         self.caches = [cache.fork(range(self.rows)) for cache in self.caches]
 
 
