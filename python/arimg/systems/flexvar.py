@@ -202,7 +202,7 @@ def tokenizer(images: Images, folder: Path) -> VQVAE:
     quantizer = MapQuantizer(source.vocab_size, source.channels, source.scales)
     if not (folder / models.TOKENIZER_FILE).exists():
         start_codes(quantizer, images)
-    return quantizer_tokenizer(images, folder, quantizer, steps=150)
+    return quantizer_tokenizer(images, folder, quantizer, steps=120, decoder_only=True)
 
 
 def make(tokenizer: Any, classes: int) -> FlexVAR:
@@ -217,9 +217,9 @@ SYSTEM = System(
     "each scale codes the whole map and no residual, so one model runs any schedule and aspect",
     tokenizer,
     make,
-    "codes are nearest by distance, where the published tokenizer compares angles in 32 dimensions; coarse"
-    " maps are upsampled before the small decoder learns to read them; the initial waves of the positions"
-    " are as small as the other embeddings; no adversarial or perceptual loss in the tokenizer; a schedule"
-    " whose maps are too large loses random scales until it fits; greedy are sizes beyond the training's"
-    " and other aspects, in released code also those outside of a list",
+    "the small tokenizer keeps the bundled encoder, its codes are centres of those features (by distance; the"
+    " published one compares angles in 32 dimensions), and its decoder learns on upsampled maps; the initial"
+    " waves of the positions are as small as the other embeddings; no adversarial or perceptual loss in the"
+    " tokenizer; a schedule whose maps are too large loses random scales until it fits; greedy are sizes"
+    " beyond the training's and other aspects, in released code also those outside of a list",
 )

@@ -37,17 +37,20 @@ def grid_tokenizer(images: Images, folder: Path, steps: int = 600, vocab: int = 
     return model
 
 
-def quantizer_tokenizer(images: Images, folder: Path, quantizer: nn.Module, steps: int = 300) -> VQVAE:
+def quantizer_tokenizer(
+    images: Images, folder: Path, quantizer: nn.Module, steps: int = 300, *, decoder_only: bool = False
+) -> VQVAE:
     """The bundled encoder and decoder around another quantizer, trained on these images.
 
     quantizer: what `VQVAE` asks of a `ScaleQuantizer`: scales, channels, vocab_size, encode, features and the
-    training forward. Its codes are not restarted. Written and read as by `grid_tokenizer`.
+    training forward. Its codes are not restarted. decoder_only: codes and encoder stay as they are. Written
+    and read as by `grid_tokenizer`.
     """
     model, path = around(quantizer), folder / models.TOKENIZER_FILE
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
-    model = _train(model, images, folder, steps, 0)
+    model = _train(model, images, folder, steps, 0, decoder_only)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
     return model.eval()
 
@@ -62,10 +65,13 @@ def around(quantizer: nn.Module) -> VQVAE:
     return model.eval()
 
 
-def _train(model: VQVAE, images: Images, folder: Path, steps: int, restart_until: int) -> VQVAE:
+def _train(
+    model: VQVAE, images: Images, folder: Path, steps: int, restart_until: int, decoder_only: bool = False
+) -> VQVAE:
     settings = TokenizerSettings(
-        lr=5e-4, restart_every=50 if restart_until else 0, restart_until=restart_until, bf16=True
-    )
+        lr=5e-4, restart_every=50 if restart_until else 0, restart_until=restart_until, bf16=True,
+        decoder_only=decoder_only,
+    )  # fmt: skip
     config = RunConfig(
         folder / "tokenizer", steps=steps, batch_size=16, warmup=20, ema=0.99, grid_every=steps
     )
