@@ -48,8 +48,11 @@ static void attend_tile(const Tile<T>& t, int64_t begin, int64_t end) {
     } else {
       float factor[kTile];
       if constexpr (is_code<T>) t.v.factors(first + used.low, used.high - used.low, factor + used.low);
-      for (int64_t n = used.low; n < used.high; ++n)
-        load_row(t.v.at(first + n), t.dim, t.padded, is_code<T> ? factor[n] : 1.f, t.values + n * t.padded);
+      t.v.runs(first + used.low, used.high - used.low,
+               [&](int64_t index, int64_t some, const T* from, int64_t stride, int64_t) {
+                 for (int64_t n = used.low + index; some > 0; ++n, --some, from += stride)
+                   load_row(from, t.dim, t.padded, is_code<T> ? factor[n] : 1.f, t.values + n * t.padded);
+               });
     }
     for (int64_t row = 0; row < t.rows; row += kGroup) {
       const Part part(spans[row / kGroup], sinks, first, count);

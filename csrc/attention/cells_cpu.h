@@ -12,6 +12,8 @@ namespace ARIMG_SIMD {
 constexpr int kPanel = 2 * W;  // keys or channels of one register tile
 constexpr int kTile = kAttentionKeyTile;
 constexpr int64_t kAheadBytes = 16384;  // what comes from memory is asked for so much ahead
+// Of the next page, where the hardware's guesses do not reach; for float32, narrower rows lose by it.
+constexpr int64_t kStartBytes = 1024;
 
 // Numbers as they are stored. Codes still lack the factor of their vector.
 
@@ -67,6 +69,13 @@ static ARIMG_INLINE F32 load_stored(const Fp8Code* p, int n) {
 // Where the keys and values of one head lie: `old` of them in a tensor, or in pages of one, the rest in
 // another.
 
+// Asks the second-level cache for elements, which need not exist.
+template <typename T>
+static ARIMG_INLINE void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T)))
+    __builtin_prefetch((const char*)(from + i), 0, 2);
+}
+
 template <typename T>
 struct Cells {
   const T* data;
@@ -104,7 +113,7 @@ struct Cells {
   // address, elements from key to key, elements from a key to what is read kAheadBytes later).
   template <typename F>
   ARIMG_INLINE void runs(int64_t first, int64_t count, F&& f) const {
-    constexpr int64_t far = kAheadBytes / int64_t(sizeof(T));
+    constexpr int64_t far = kAheadBytes / int64_t(sizeof(T)), start = kStartBytes / int64_t(sizeof(T));
     int64_t number = page ? first / page_size : 0, place = page ? first % page_size : first;
     const int64_t pages_ahead = page && page_size * stride < far ? far / (page_size * stride) : 1;
     for (int64_t i = 0, some; i < count; i += some) {
@@ -121,6 +130,8 @@ struct Cells {
         from += page[number] * page_stride;
         const int64_t next = number + pages_ahead;
         ahead = next * page_size < old ? (page[next] - page[number]) * page_stride : 0;
+        if (sizeof(T) == 4 && (number + 1) * page_size < old)
+          prefetch(data + page[number + 1] * page_stride, start);
         if (some > page_size - place) some = page_size - place;
         ++number;
         place = 0;
@@ -137,13 +148,6 @@ struct Cells {
   }
 };
 
-// Asks the second-level cache for elements, which need not exist.
-template <typename T>
-static ARIMG_INLINE void prefetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T)))
-    __builtin_prefetch((const char*)(from + i), 0, 2);
-}
-
 template <typename T>
 static ARIMG_INLINE Cells<T> cells(const T* data, int64_t stride) {
   return {data, stride, nullptr, 1, 0, nullptr, 0, INT64_MAX, nullptr, 0};
@@ -155,10 +159,14 @@ template <typename T>
 static void load_transposed(const Cells<T>& from, int64_t first, int64_t count, int64_t dim, float* to) {
   float factor[kTile];
   if constexpr (is_code<T>) from.factors(first, count, factor);
+  const T* key[kTile];
+  from.runs(first, count, [&](int64_t index, int64_t some, const T* at, int64_t stride, int64_t) {
+    for (int64_t n = 0; n < some; ++n) key[index + n] = at + n * stride;
+  });
   for (int64_t n = 0; n < count; n += W) {
     float* panel = to + (n / kPanel) * dim * kPanel + n % kPanel;
     const T* row[W];
-    for (int i = 0; i < W; ++i) row[i] = n + i < count ? from.at(first + n + i) : nullptr;
+    for (int i = 0; i < W; ++i) row[i] = n + i < count ? key[n + i] : nullptr;
     for (int64_t d = 0; d < dim; d += W) {
       int channels = dim - d < W ? int(dim - d) : W;
       F32 block[W];
