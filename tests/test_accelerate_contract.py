@@ -16,7 +16,7 @@ import arimg
 import test_accelerate
 import test_accelerate_llamagen
 from arimg.accelerate.swap import is_swapped
-from standins import llamagen
+from arimg.accelerate.view import parameters_of
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,13 @@ class Subject:
     near: float = 1e-4  # of a float32 result
     half_near: float = 0.05  # mean, of a bfloat16 result
     autocasts: bool = True  # whether the original itself runs under autocast
+    called: Callable[[Any], torch.Tensor] | None = None  # a short use through the forward of `module`
+    module: str = ""
+    part: str = ""  # what the use runs through, with what is accelerated around it
 
 
 def var_and_tokenizer(seed=0):
-    model, _ = test_accelerate.make()
+    model, _ = test_accelerate.make(depth=1)  # half the time to compile
     with torch.no_grad():
         model.head.weight.mul_(1 + seed)
     return model
@@ -53,11 +56,54 @@ def scored(model):
     return test_accelerate_llamagen.scored(model, tokens).float()
 
 
+def replicated(model):
+    """What DataParallel makes of a model for one device: copies of its weights as plain attributes."""
+    modules = dict(model.named_modules())
+    replicas = {path: module._replicate_for_data_parallel() for path, module in modules.items()}
+    for path, module in modules.items():
+        replica = replicas[path]
+        replica._former_parameters = {}
+        for name in module._modules:
+            setattr(replica, name, replicas[f"{path}.{name}".lstrip(".")])
+        for name, p in module._parameters.items():
+            if p is None:
+                replica._parameters[name] = None
+            else:
+                copied = p.detach().clone()
+                setattr(replica, name, copied)
+                replica._former_parameters[name] = copied
+        for name, b in module._buffers.items():
+            setattr(replica, name, b.clone())
+    return replicas[""]
+
+
+def labelled(model):
+    """Logits of a VAR through its forward."""
+    x = torch.randn(2, 29, 8, generator=torch.Generator().manual_seed(3))
+    return test_accelerate.scored(model, x)
+
+
+def first_steps(model):
+    tokens = torch.tensor([[3, 4], [5, 6]])
+    return test_accelerate_llamagen.scored(model, tokens)
+
+
+def half_decoded(vae):
+    x = torch.randn(1, 32, 4, 4, generator=torch.Generator().manual_seed(3))
+    return vae.decoder.mid.block_1(x)
+
+
 SUBJECTS = {
     # greedy pictures: a rounding of bfloat16 may choose another token
-    "VAR": Subject(var_and_tokenizer, lambda m: test_accelerate.greedy(m), half_near=0.2),
-    "VAR's tokenizer": Subject(tokenizer, decoded),
-    "LlamaGen": Subject(test_accelerate_llamagen.make, scored, autocasts=False),
+    "VAR": Subject(
+        var_and_tokenizer, test_accelerate.greedy, half_near=0.2, called=labelled, part="blocks.0.ffn"
+    ),
+    "VAR's tokenizer": Subject(
+        tokenizer, decoded, called=half_decoded, module="decoder.mid.block_1", part="decoder.mid.block_1"
+    ),
+    "LlamaGen": Subject(
+        test_accelerate_llamagen.make, scored, autocasts=False, called=first_steps, part="layers.1.attention"
+    ),
 }
 
 
@@ -138,7 +184,7 @@ def test_state_dicts_load_after_acceleration(subject):
 
 
 @torch.no_grad()
-def test_copies_and_replicas(subject):
+def test_copies(subject):
     model = subject.make()
     with arimg.accelerate(model):
         want = subject.use(model)
@@ -147,29 +193,45 @@ def test_copies_and_replicas(subject):
             assert torch.equal(subject.use(twin), want)
             next(p for p in twin.parameters() if p.dim() > 1).zero_()
             assert torch.equal(subject.use(model), want)
-        replica = model._replicate_for_data_parallel()
-        assert type(replica) is type(model)
+
+
+@torch.no_grad()
+def test_replicas_of_data_parallel(subject):
+    """They are accelerated, have weights of their own and leave the model's alone."""
+    model = subject.make()
+    with arimg.accelerate(model):
+        want = subject.use(model)
+        replica = replicated(model)
+        assert type(replica) is type(model) and any(is_swapped(m) for m in replica.modules())
+        assert near(subject.use(replica), want, subject)
+        for p in parameters_of(replica.get_submodule(subject.part)).values():
+            p.zero_()
+        assert not near(subject.use(replica), want, subject)
+        assert torch.equal(subject.use(model), want)
 
 
 @torch.no_grad()
 def test_a_compiled_call_agrees(subject):
     model = subject.make()
     with arimg.accelerate(model):
-        want = subject.use(model)
+        want = subject.called(model)
         torch._dynamo.reset()
-        compiled = torch.compile(subject.use, backend="eager")
-        assert near(compiled(model), want, subject)
+        assert near(torch.compile(subject.called, backend="eager")(model), want, subject)
     torch._dynamo.reset()
 
 
 @torch.no_grad()
-def test_hooks_on_the_model_are_called(subject):
+def test_hooks_are_called(subject):
+    """On the accelerated module, and on a part of it, where the original runs."""
     model = subject.make()
-    module = model.decoder if hasattr(model, "decoder") else model
+    want = subject.use(model), subject.called(model)
     calls = []
     with arimg.accelerate(model):
-        handle = module.register_forward_hook(lambda *a: calls.append(1))
-        if isinstance(model, llamagen.Transformer) or module is not model:
-            subject.use(model)
-            assert calls
+        handle = model.get_submodule(subject.module).register_forward_hook(lambda *_: calls.append("module"))
+        assert near(subject.called(model), want[1], subject) and set(calls) == {"module"}
         handle.remove()
+        handle = model.get_submodule(subject.part).register_forward_hook(lambda *_: calls.append("part"))
+        assert near(subject.use(model), want[0], subject) and "part" in calls
+        handle.remove()
+        calls.clear()
+        assert near(subject.use(model), want[0], subject) and not calls

@@ -171,6 +171,8 @@ def _place(
 
 def _untouched(layer: nn.Module, p: _Parts, x: Tensor) -> bool:
     """Whether the parts are still those that were recognised and suit x, and nobody listens to them."""
+    if "_is_replica" in layer.__dict__:  # of DataParallel: its weights are no parameters
+        return False
     if not all(type(linear) is nn.Linear and is_plain(linear) for linear in p.products):
         return False
     weights = [m._parameters["weight"] for m in (*p.products, p.norm1, p.norm2)]

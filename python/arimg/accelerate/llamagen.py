@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.accelerate.graphs import GraphedStep, Graphs
 from arimg.accelerate.report import Report
-from arimg.accelerate.swap import Mixin
-from arimg.accelerate.view import Storage, bytes_of_codes, misfit, view_of
+from arimg.accelerate.swap import Mixin, has_hooks
+from arimg.accelerate.view import Storage, bytes_of_codes, misfit, parameters_of, view_of
 from arimg.generators.llamagen import Decoder, LlamaGen
 from arimg.reference.kv_cache import Rope
 
@@ -79,6 +79,8 @@ class _Generator(Mixin):
         x = module.tok_embeddings(idx) if cond_idx is None else module.cls_embedding(cond_idx, train=False)
         plan = _plans.get(module) if cond_idx is None else None
         caches = [layer.attention.kv_cache for layer in module.layers]
+        if plan is None and has_hooks(module):  # as of the first step of a picture: they are many to ask
+            return super().forward(idx, cond_idx, input_pos)  # type: ignore[misc, no-any-return]
         if plan is None or any(a is not b for a, b in zip(caches, plan.caches)):
             plan = _new_plan(module)
         if not _fits(x, caches[0].k_cache, plan):
@@ -117,7 +119,7 @@ def _is_step(module: Any, idx: Tensor | None, cond_idx: Tensor | None, input_pos
         return False
     if module.training or torch.compiler.is_compiling() or torch.is_autocast_enabled(given.device.type):
         return False
-    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters_of(module).values()):
         return False
     mask = getattr(module, "causal_mask", None)
     return mask is not None and getattr(mask, "_arimg_version", None) == _version(mask)

@@ -11,7 +11,7 @@ from arimg.accelerate.graphs import Graphs
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin, has_hooks
 from arimg.accelerate.var_graphs import Sessions
-from arimg.accelerate.view import misfit, view_of
+from arimg.accelerate.view import misfit, parameters_of, view_of
 from arimg.generators.var import VAR, VarSession
 from arimg.layout import Layout
 from arimg.nn.scale_quantizer import ScaleQuantizer
@@ -101,6 +101,10 @@ class _Generator(Mixin):
         more_smooth: bool = False,
     ) -> Tensor:
         module: Any = self
+        if has_hooks(module):
+            return super().autoregressive_infer_cfg(  # type: ignore[misc, no-any-return]
+                B, label_B, g_seed, cfg, top_k, top_p, more_smooth
+            )
         view = _generator(module)
         rng = None
         if g_seed is not None:
@@ -144,7 +148,7 @@ def _needs_the_original(module: Any) -> bool:
 
 def _scorer(module: Any, x: Tensor) -> VAR | None:
     """The view that scores: the shared parameters themselves where a gradient may be wanted."""
-    wanted = x.requires_grad or any(p.requires_grad for p in module.parameters())
+    wanted = x.requires_grad or any(p.requires_grad for p in parameters_of(module).values())
     if not (module.training or (wanted and torch.is_grad_enabled())):
         return _generator(module)
     return None if misfit(module, _generator_view) else view_of(module, _generator_view)

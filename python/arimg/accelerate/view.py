@@ -69,15 +69,24 @@ def _without_weights(module: nn.Module, build: Callable[[Any], View], storage: S
     return view
 
 
+def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    """By name; a replica of DataParallel has copies of them as plain attributes."""
+    found: dict[str, Tensor] = dict(module.named_parameters())
+    for path, part in module.named_modules():
+        for name in part.__dict__.get("_former_parameters", ()):
+            found[f"{path}.{name}".lstrip(".")] = getattr(part, name)
+    return found
+
+
 def _share(view: nn.Module, module: nn.Module, storage: Storage) -> None:
     """Puts the parameters of `module` into `view`, name for name; buffers that the view has follow too."""
-    theirs = dict(module.named_parameters())
+    theirs = parameters_of(module)
     theirs_buffers = dict(module.named_buffers())
     for name, own in list(view.named_parameters()):
         given = _given(theirs, name, own.shape)
         owner, _, leaf = name.rpartition(".")
         view.get_submodule(owner)._parameters[leaf] = (
-            _converted(given, own, storage) if isinstance(storage, torch.dtype) else given
+            _converted(given, own, storage) if isinstance(storage, torch.dtype) else given  # type: ignore[assignment]
         )
     for name, _ in list(view.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -91,7 +100,7 @@ def _share(view: nn.Module, module: nn.Module, storage: Storage) -> None:
                 _pack(layer, _given(theirs, f"{path}.weight", shape), storage)
 
 
-def _given(theirs: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]) -> nn.Parameter:
+def _given(theirs: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     given = theirs.get(name)
     if given is None:
         raise ValueError(f"expected a parameter {name!r} {list(shape)}, found none")
@@ -107,7 +116,7 @@ def _source(given: Tensor) -> tuple[object, ...]:
     return id(given), given.data_ptr(), version, given.device, given.dtype
 
 
-def _converted(given: nn.Parameter, own: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+def _converted(given: Tensor, own: nn.Parameter, dtype: torch.dtype) -> Tensor:
     if given.dtype == dtype:
         return given
     source = _source(given)
@@ -118,7 +127,7 @@ def _converted(given: nn.Parameter, own: nn.Parameter, dtype: torch.dtype) -> nn
     return copy
 
 
-def _pack(layer: PackedLinear, given: nn.Parameter, storage: str) -> None:
+def _pack(layer: PackedLinear, given: Tensor, storage: str) -> None:
     source = _source(given)
     if layer.__dict__.get("_arimg_source") == source:
         return
