@@ -276,7 +276,7 @@ def test_unknown_models_are_left_alone_and_told_what_was_looked_for():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     report = arimg.accelerate(model)
     assert not report.replaced and type(model) is nn.Sequential
-    assert "no known part found; looked for VAR's generator" in str(report)
+    assert "no known part found; looked for generators of FlexVAR" in str(report)
 
 
 def test_parts_that_do_not_fit_are_kept_with_a_reason():
