@@ -456,3 +456,11 @@ def test_padding_is_seen_by_itself_alone(page_size, new):
     seen = (i <= i[:, None]) & (i >= padding[:, None, None]) | (i == i[:, None])
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
     torch.testing.assert_close(got, want[:, :, 5 - new :], rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_cache_holds_zeros():
+    """Places behind the end of a row are read with masked rows: they must hold no NaN by chance."""
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        for page_size in (None, 4):
+            cache = KVCache(2, 1, 64, 32, dtype, page_size=page_size)
+            assert not cache.k.float().any() and not cache.v.float().any()

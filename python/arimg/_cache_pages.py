@@ -17,13 +17,14 @@ class PagePool:
         self, pages: int, heads: int, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (pages, heads, page_size, head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros: a place that is read before it is written, masked out, must hold no NaN by chance.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
         if dtype in ONE_BYTE:
-            self.k_scale = torch.empty(shape[:3], dtype=torch.float32, device=device)
-            self.v_scale = torch.empty(shape[:3], dtype=torch.float32, device=device)
+            self.k_scale = torch.zeros(shape[:3], dtype=torch.float32, device=device)
+            self.v_scale = torch.zeros(shape[:3], dtype=torch.float32, device=device)
         self.holders = [0] * pages
         self._free = list(range(pages - 1, -1, -1))  # the lowest is handed out first
 

@@ -58,7 +58,10 @@ class Mamba2(nn.Module):
         """x [B, L, C] -> [B, L, C] and what the next call needs."""
         scan, tail = (None, None) if carried is None else carried
         z, mixed, dt = self.in_proj(x).split((self.sizes[0], sum(self.sizes), self.heads), -1)
-        mixed, tail = ops.causal_conv1d(mixed, self.conv1d.weight[:, 0], self.conv1d.bias, tail=tail)
+        bias = self.conv1d.bias
+        assert bias is not None
+        weight, bias = self.conv1d.weight[:, 0].to(mixed.dtype), bias.to(mixed.dtype)  # autocast
+        mixed, tail = ops.causal_conv1d(mixed, weight, bias, tail=tail)
         value, B, C = mixed.split(self.sizes, -1)
         y, scan = ops.ssd_scan(
             value.unflatten(2, (self.heads, -1)),
