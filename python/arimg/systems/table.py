@@ -31,11 +31,11 @@ arimg systems bench {example}                            # the rows below
 ```
 This page is written by `arimg systems list --markdown`.
 
-Measured: {about}; one picture at a time, the
-tokenizer's decoder not included. "Plain method" is the same network and weights sampled the plain way, or what its
-name says. The models are tiny (about 64 tokens, 2 to 6 layers), so a pass costs little, and what saves passes at a
-price of its own (speculation, refinement) does not pay here. They were trained for 60 to 500 steps: their pictures
-are coloured shapes, JPEG-LM's are noise.
+Measured: {about}; one picture at a time, the tokenizer's decoder not included. "Plain method" is the same
+network and weights sampled the plain way, or what its name says. The models are tiny (about 64 tokens, 2
+to 6 layers), so a pass costs little, and what saves passes at a price of its own (speculation,
+refinement) does not pay here. They were trained for 60 to 500 steps: their pictures are coloured shapes,
+JPEG-LM's are noise.
 """
 
 
