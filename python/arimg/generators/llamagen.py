@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.cache import KVCache
-from arimg.generators.labels import class_labels
 from arimg.generators.loop import Sampler, Session, Turn, final_tokens, generate
 from arimg.guidance import Guidance
 from arimg.layout import Layout
 from arimg.nn import checkpoint
+from arimg.nn.labels import class_labels, drop_labels, with_unconditional
 from arimg.nn.linear import narrow_linear, narrow_swiglu
 from arimg.nn.packed_linear import CODES, PackedLinear, pack_linears
 from arimg.nn.rope import rope_2d
@@ -219,10 +219,7 @@ class LlamaGen(nn.Module):
 
     def dropped(self, labels: Tensor) -> Tensor:
         """In training some of the checked labels become "no class"."""
-        if not self.training or self.class_dropout == 0:
-            return labels
-        dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
-        return torch.where(dropped, self.num_classes, labels)
+        return drop_labels(labels, self.num_classes, self.class_dropout) if self.training else labels
 
     def teach(self, h: Tensor, padding: Tensor | None = None) -> Tensor:
         """All inputs of a sequence at once, [B, L, C]: the logits of each, differentiable."""
@@ -276,7 +273,7 @@ class LlamaGen(nn.Module):
 
     def with_unconditional(self, labels: Tensor, guided: bool) -> Tensor:
         """Labels of all rows of a generation: where guidance is on, "no class" for each behind them."""
-        return torch.cat((labels, torch.full_like(labels, self.num_classes))) if guided else labels
+        return with_unconditional(labels, self.num_classes, guided)
 
 
 class LlamaSession(Session):

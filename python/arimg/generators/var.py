@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.cache import KVCache
-from arimg.generators.labels import class_labels
 from arimg.generators.loop import Sampler, Session, Turn, generate
 from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.layout import Layout, Visibility
 from arimg.nn import checkpoint
 from arimg.nn.adaln import AdaLNBeforeHead, AdaLNBlock, Attend, Drop, HeadModulation, Modulation, run_blocks
+from arimg.nn.labels import class_labels, drop_labels, with_unconditional
 from arimg.nn.linear import Linear
 from arimg.reference.kv_cache import split_qk_norm
 from arimg.reference.sampling import philox_uniform, token_weights
@@ -230,10 +230,7 @@ class VAR(nn.Module):
 
     def dropped(self, labels: Tensor) -> Tensor:
         """In training, "no class" instead of a label with probability `class_dropout`."""
-        if not self.training or self.class_dropout == 0:
-            return labels
-        dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
-        return torch.where(dropped, self.num_classes, labels)
+        return drop_labels(labels, self.num_classes, self.class_dropout) if self.training else labels
 
     def generate(
         self,
@@ -292,8 +289,9 @@ def uncached(blocks: Sequence[AdaLNBlock], seen: Visibility) -> Attend:
         attn = blocks[i].attn
         q, k, v = split_qk_norm(qkv, attn.q_scale(), attn.l2_norm)
         out = ops.row_interval_attention(
-            q, k, v, seen.row_start, seen.row_end, scale=attn.softmax_scale, plan=seen.plan
-        )
+            q, k, v, seen.row_start, seen.row_end, scale=attn.softmax_scale, sinks=seen.sinks,
+            self_key=seen.self_key, plan=seen.plan,
+        )  # fmt: skip
         return out.transpose(1, 2).flatten(2)
 
     return attend
@@ -315,22 +313,24 @@ class VarSession(Session):
         self.layout = model.layout if layout is None else layout
         self.rows, self.device = len(labels), labels.device
         self.f_hat = model.tokenizer.quantize.empty(self.rows)
-        rows = self._start(labels)
-        p = model.pos_1LC
-        shape = (rows, model.heads, self.layout.length, model.width // model.heads)
-        dtype, kind = p.dtype, p.device.type  # under autocast keys and values come in its type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        self.caches = [KVCache(*shape, dtype=dtype, device=p.device) for _ in self.blocks]
+        self._start(labels)
+        self.caches = self._new_caches()
 
-    def _start(self, labels: Tensor) -> int:
-        """Computes the constants; the number of rows."""
-        nothing = torch.full_like(labels, self.model.num_classes)
-        rows = torch.cat((labels, nothing)) if self.guided else labels
+    def _start(self, labels: Tensor) -> None:
+        """Computes the constants."""
+        rows = with_unconditional(labels, self.model.num_classes, self.guided)
         self.condition = self.model._condition(rows)
         self.positions = self.model._positions()
         self.q_scales = [block.attn.q_scale() for block in self.blocks]
-        return len(rows)
+
+    def _new_caches(self) -> list[KVCache]:
+        """Room for the keys and values of all scales, for each block."""
+        model, p = self.model, self.model.pos_1LC
+        shape = (len(self.condition.first), model.heads, self.layout.length, model.width // model.heads)
+        dtype, kind = p.dtype, p.device.type  # under autocast keys and values come in its type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return [KVCache(*shape, dtype=dtype, device=p.device) for _ in self.blocks]
 
     def logits(self, turn: Turn) -> Tensor:
         """Logits of a scale, [B or 2B, h * w, V]."""
@@ -338,22 +338,22 @@ class VarSession(Session):
 
     def _step(self, k: int, f_hat: Tensor) -> Tensor:
         """Logits of scale k, given f_hat [B, C, H, W] of the scales before."""
-        model = self.model
+        c = self.condition
+        return self.model.head(run_blocks(self.blocks, self._input(k, f_hat), c.blocks, c.head, self._attend))
+
+    def _input(self, k: int, f_hat: Tensor) -> Tensor:
+        """What the blocks see of scale k, [B or 2B, h * w, C]."""
         start, end = self.layout.segments[k]
         if k == 0:
             x = self.condition.first
         else:
             maps = self._next_map(k, f_hat)
-            x = model.word_embed(maps.to(model.word_embed.weight.dtype))
-            x = x.repeat(2, 1, 1) if self.guided else x
-        h = run_blocks(
-            self.blocks,
-            x + self.positions[:, start:end],
-            self.condition.blocks,
-            self.condition.head,
-            self._attend,
-        )
-        return model.head(h)
+            x = self._both(self.model.word_embed(maps.to(self.model.word_embed.weight.dtype)))
+        return x + self.positions[:, start:end]
+
+    def _both(self, x: Tensor) -> Tensor:
+        """For conditional and unconditional rows."""
+        return x.repeat(2, 1, 1) if self.guided else x
 
     def _next_map(self, k: int, f_hat: Tensor) -> Tensor:
         """What the model sees before it predicts scale k, [B, h * w, Cvae]."""

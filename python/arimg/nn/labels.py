@@ -22,3 +22,16 @@ def class_labels(
             f"expected labels from 0 to {num_classes - 1}, or -1 for no class, got {out[wrong][0].item()}"
         )
     return torch.where(out < 0, num_classes, out)
+
+
+def drop_labels(labels: Tensor, num_classes: int, rate: float) -> Tensor:
+    """Checked labels of which each becomes "no class" with probability `rate`, for training."""
+    if rate == 0:
+        return labels
+    dropped = torch.rand(len(labels), device=labels.device) < rate
+    return torch.where(dropped, num_classes, labels)
+
+
+def with_unconditional(labels: Tensor, num_classes: int, guided: bool) -> Tensor:
+    """Checked labels of all rows of a generation: where guidance is on, "no class" for each behind them."""
+    return torch.cat((labels, torch.full_like(labels, num_classes))) if guided else labels

@@ -23,10 +23,10 @@ from arimg import models, ops
 from arimg.data.images import Images
 from arimg.generators import VAR
 from arimg.generators.loop import EachStep, Repeat, Run, Sampler, Session, Turn, generate
+from arimg.generators.var import uncached
 from arimg.layout import Layout
 from arimg.nn.adaln import run_blocks
 from arimg.nn.linear import Linear
-from arimg.reference.kv_cache import split_qk_norm
 from arimg.systems.base import Hidden, System, SystemModel
 
 
@@ -103,15 +103,7 @@ class DD1(VAR, SystemModel):
         picture = self.word_embed(x) + self._positions() + self.kind(known)
         embedded = torch.cat((condition.first[:, :1], picture), 1)
         seen = self.layout.visibility("strictly-lower", prefix=1, device=noise.device)
-
-        def attend(i: int, qkv: Tensor) -> Tensor:
-            attn = self._blocks[i].attn
-            q, k, v = split_qk_norm(qkv, attn.q_scale(), attn.l2_norm)
-            out = ops.row_interval_attention(
-                q, k, v, seen.row_start, seen.row_end, scale=attn.softmax_scale, self_key=True
-            )
-            return out.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
-
+        attend = uncached(self._blocks, seen)
         h = run_blocks(self._blocks, embedded, condition.blocks, condition.head, attend)[:, 1:]
         return self.head(h).float(), self.code_head(h).float()
 

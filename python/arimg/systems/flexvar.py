@@ -149,10 +149,9 @@ class FlexSession(VarSession):
         _expect_one_first(layout or model.layout)
         super().__init__(model, labels, guided, layout=layout)
 
-    def _start(self, labels: Tensor) -> int:
-        rows = super()._start(labels)
+    def _start(self, labels: Tensor) -> None:
+        super()._start(labels)
         self.positions = self.flex.positions(self.layout)
-        return rows
 
     def _next_map(self, k: int, f_hat: Tensor) -> Tensor:
         return self.flex.maps.next_map(f_hat, self.layout.shapes[k])

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg import commit, ops
+from arimg.cache import KVCache
 from arimg.generators.loop import ALWAYS, EachStep, Sampler, Turn, generate
 from arimg.generators.var import VAR, VarSession, uncached
 from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.layout import Layout
 from arimg.nn.adaln import AdaLNBlock, run_blocks
+from arimg.nn.labels import with_unconditional
 from arimg.systems.base import System
 from arimg.systems.var import VarModel, tokenizer
 
@@ -117,18 +119,16 @@ class HmarSession(VarSession):
     """One generation: f_hat and the constants of the labels. Nothing grows."""
 
     def __init__(self, model: HMAR, labels: Tensor, guided: bool, released: bool = False) -> None:
-        self.model, self.guided, self.more_smooth, self.released = model, guided, False, released
-        self.layout, self.rows, self.device = model.layout, len(labels), labels.device
-        self.f_hat = model.tokenizer.quantize.empty(self.rows)
-        rows = torch.cat((labels, torch.full_like(labels, model.num_classes))) if guided else labels
-        self.condition = model._condition(rows)
-        self.blocks, self.masked = model._blocks, model._masked_chain
+        super().__init__(model, labels, guided)
+        self.released, self.masked = released, model._masked_chain
+        rows = with_unconditional(labels, model.num_classes, guided)
         self.mask_condition = model._condition(rows, self.masked, model.mask_head_nm)
-        self.positions = model._positions()
+
+    def _new_caches(self) -> list[KVCache]:
+        return []
 
     def logits(self, turn: Turn) -> Tensor:
-        model, (start, end) = cast(HMAR, self.model), self.layout.segments[turn.step]
-        x = self._input(turn.step) + self.positions[:, start:end]
+        model, x = cast(HMAR, self.model), self._input(turn.step, self.f_hat)
         tokens, final = turn.tokens, turn.final
         seen = Layout.scales([turn.shape]).visibility("full", device=x.device)
         if tokens is None or final is None:
@@ -143,16 +143,6 @@ class HmarSession(VarSession):
     def feed(self, turn: Turn) -> None:
         if turn.done:
             super().feed(turn)
-
-    def _input(self, step: int) -> Tensor:
-        if step == 0:
-            return self.condition.first
-        maps = self.model.tokenizer.quantize.next_map(self.f_hat, step)
-        return self._both(self.model.word_embed(maps.to(self.model.word_embed.weight.dtype)))
-
-    def _both(self, x: Tensor) -> Tensor:
-        """For conditional and unconditional rows."""
-        return x.repeat(2, 1, 1) if self.guided else x
 
 
 def refine(counts: Sequence[int]) -> Callable[[int, int], commit.Plan | None]:

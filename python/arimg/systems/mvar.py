@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from arimg import ops
+from arimg.cache import KVCache
 from arimg.generators.loop import Turn, generate
 from arimg.generators.var import VAR, VarSession, uncached
 from arimg.layout import Layout
@@ -121,26 +122,20 @@ class MvarSession(VarSession):
     """One generation: what each Mamba-2 carries, of constant size (or, not carried, its inputs so far)."""
 
     def __init__(self, model: MVAR, labels: Tensor, guided: bool, carried: bool = True) -> None:
-        self.model, self.blocks, self.guided, self.more_smooth = model, model._blocks, guided, False
-        self.layout, self.rows, self.device = model.layout, len(labels), labels.device
-        self.f_hat = model.tokenizer.quantize.empty(self.rows)
-        self._start(labels)
+        super().__init__(model, labels, guided)
         self.states: list[Carried | None] = [None] * len(self.blocks)
         self.inputs: list[Tensor] | None = None if carried else [torch.empty(0)] * len(self.blocks)
 
+    def _new_caches(self) -> list[KVCache]:
+        return []
+
     def logits(self, turn: Turn) -> Tensor:
-        model, (start, end) = self.model, self.layout.segments[turn.step]
-        x = self.condition.first
-        if turn.step:
-            maps = model.tokenizer.quantize.next_map(self.f_hat, turn.step)
-            x = model.word_embed(maps.to(model.word_embed.weight.dtype))
-            x = x.repeat(2, 1, 1) if self.guided else x
-        x = x + self.positions[:, start:end]
+        x = self._input(turn.step, self.f_hat)
         seen = Layout.scales([turn.shape]).visibility("full", device=x.device)
         blocks = cast(list[MambaBlock], self.blocks)
         modulations = cast(list[NineVectors], self.condition.blocks)
         h = run_mixed(blocks, x, modulations, self.condition.head, uncached(blocks, seen), self._mix)
-        return model.head(h)
+        return self.model.head(h)
 
     def _mix(self, i: int, h: Tensor) -> Tensor:
         mamba = cast(MambaBlock, self.blocks[i]).mamba
