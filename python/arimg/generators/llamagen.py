@@ -331,16 +331,14 @@ class LlamaSession(Session):
 
     def feed(self, turn: Turn) -> None:
         """Of drafts each row keeps its own number; behind it the caches forget."""
+        self.last = turn.newest(self.last)
         if turn.length is None:
-            self.last = turn.drawn[:, -1]
             self.pending = self._embed(turn.drawn)
         else:
             kept = turn.length.tolist()
             wanted = [self.pending.shape[1] - 1 + n for n in kept] * (len(self.pending) // self.rows)
             for cache in self.caches:
                 cache.commit(wanted)
-            newest = turn.drawn.gather(1, (turn.length - 1).clamp_min(0)[:, None])[:, 0]
-            self.last = torch.where(turn.length > 0, newest, self.last)
             self.pending = self._embed(self.last[:, None])
 
     def rewind(self, counts: Sequence[int], last: Tensor) -> None:

@@ -8,6 +8,7 @@ final: `EachStep` here, windows of drafts in `arimg.generators.speculative`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -56,9 +57,17 @@ class Turn:
         assert self.tokens is not None
         return self.tokens
 
+    def newest(self, before: Tensor) -> Tensor:
+        """The last token that each row keeps, int64 [B]; before: [B], where it keeps none."""
+        if self.length is None:
+            return self.drawn[:, -1]
+        last = self.drawn.gather(1, (self.length - 1).clamp_min(0)[:, None])[:, 0]
+        return torch.where(self.length > 0, last, before)
 
-class Session:
-    """What one generation carries. Subclasses have `layout` and `rows` (B) and define the two methods.
+
+class Session(ABC):
+    """What one generation carries. Subclasses have `layout` and `rows` (B) and define `logits`, mostly
+    `feed`.
 
     vocabulary: V, where drafts are possible. Where guidance is on there are 2B rows, the conditional ones
     first. bits: tokens are bits, logits [..., d, 2].
@@ -67,17 +76,18 @@ class Session:
 
     layout: Layout
     rows: int
+    device = torch.device("cpu")
     vocabulary = 0
     bits = False
     finished = False
 
+    @abstractmethod
     def logits(self, turn: Turn) -> Tensor:
         """Backbone and head: [B or 2B, n, V], [.., n, K, V] or [.., n, d, 2]; with drafts one more than
         drafts.
         """
-        raise NotImplementedError
 
-    def feed(self, turn: Turn) -> None:
+    def feed(self, turn: Turn) -> None:  # noqa: B027 (a session may carry nothing)
         """Feedback: called after every pass; where `turn.done` the tokens of the step are final."""
 
     def processors(self, turn: Turn) -> dict[str, Any]:
@@ -216,10 +226,9 @@ class EachStep:
         if plan is None:
             turn.tokens, turn.done = drawn.token, True
             return
-        tokens, logprob = (
-            drawn.token,
-            drawn.logprob.flatten(2).sum(2) if drawn.logprob.dim() > 2 else drawn.logprob,
-        )
+        tokens, logprob = drawn.token, drawn.logprob
+        if logprob.dim() > 2:  # several tokens or bits at a place
+            logprob = logprob.flatten(2).sum(2)
         final = torch.zeros_like(logprob, dtype=torch.bool) if turn.final is None else turn.final
         if before is not None:
             stays = final.reshape(*final.shape, *[1] * (tokens.dim() - 2))
@@ -255,14 +264,14 @@ def generate(
     """
     sampler = sampler or model.sampler
     rule: Commit = getattr(model, "commit", ALWAYS) if commit is None else commit
-    if getattr(rule, "window", 0):
-        options = {"window": getattr(rule, "window", 0), **options}
+    if window := getattr(rule, "window", 0):
+        options = {"window": window, **options}
     with torch.no_grad():
         session = model.begin(condition, guided=sampler.guidance is not None, **options)
     for tokens, n in zip(given, session.layout.sizes):
         if tuple(tokens.shape[:2]) != (session.rows, n):
             raise ValueError(f"expected given tokens [{session.rows}, {n}], got {list(tokens.shape)}")
-    run = Run(session, sampler, row_seeds(seed, session.rows, _device(session)), given, condition=condition)
+    run = Run(session, sampler, row_seeds(seed, session.rows, session.device), given, condition=condition)
     run.logprob = not (isinstance(rule, EachStep) and rule.plans is None)
     for turn in rule.turns(run):
         with torch.no_grad():
@@ -292,7 +301,3 @@ def side_by_side(passes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     tokens = torch.cat([t for t, _ in passes], 1)
     kept = torch.cat([torch.arange(t.shape[1], device=t.device) < n[:, None] for t, n in passes], 1)
     return tokens[kept].view(len(tokens), -1)
-
-
-def _device(session: Session) -> torch.device:
-    return getattr(session, "device", torch.device("cpu"))

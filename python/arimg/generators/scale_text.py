@@ -7,6 +7,7 @@ text comes by cross-attention in each block, or stands as a causal prefix before
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -184,9 +185,9 @@ class ScaleSession(Session):
         if prefix:
             model.features(self.text.states, self.text, self.keys, self._attend_causal)
 
+    @abstractmethod
     def maps(self, turn: Turn) -> Tensor:
         """What the scale of this pass sees, [B, n, channels]."""
-        raise NotImplementedError
 
     def features(self, turn: Turn) -> Tensor:
         """The backbone's output for the scale of this pass, [B or 2B, n, C]."""

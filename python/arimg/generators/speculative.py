@@ -13,6 +13,7 @@ gives the same tokens in any batch, and without drafts those of plain sampling.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -50,10 +51,14 @@ class Window(Turn):
         return self.depth
 
 
-class _Windows:
+class _Windows(ABC):
     """The turns of all rules that check drafts; subclasses say where drafts come from, and test them."""
 
     window: int
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise ValueError(f"expected a window of 0 or more drafts, got {self.window}")
 
     def turns(self, run: Run) -> Iterator[Turn]:
         guidance = _expect_steady(run)
@@ -82,11 +87,13 @@ class _Windows:
         turn.final = at < turn.length[:, None]
         turn.done = bool((turn.length == left).all())
 
+    @abstractmethod
     def _drafts(self, run: Run, guidance: float | None) -> _Source:
-        raise NotImplementedError
+        """Where the drafts of a generation come from."""
 
+    @abstractmethod
     def _test(self, turn: Window, law: ops.Law) -> ops.Accepted:
-        raise NotImplementedError
+        """What the drafts of a turn, and the tokens behind them, become."""
 
 
 class _Source(Protocol):
@@ -96,8 +103,15 @@ class _Source(Protocol):
 
 
 # --- drafts from the pass before ---------------------------------------------------------------------------
+class _FromPassBefore(_Windows):
+    start: Start
+
+    def _drafts(self, run: Run, guidance: float | None) -> _Source:
+        return _Tails(self.window, self.start)
+
+
 @dataclass(frozen=True)
-class Jacobi(_Windows):
+class Jacobi(_FromPassBefore):
     """Exact speculative Jacobi decoding (Lumina-mGPT 2.0; SCD with coupled tails, arXiv 2510.24211).
 
     The drafts are the tokens that the pass before proposed behind those that it kept. tail: how it draws them
@@ -111,7 +125,7 @@ class Jacobi(_Windows):
     start: Start = "random"
 
     def __post_init__(self) -> None:
-        _expect_window(self.window)
+        super().__post_init__()
         for name, value, known in (
             ("tail", self.tail, ("redraw", "couple", "gumbel")),
             ("start", self.start, ("random", "last")),
@@ -119,15 +133,12 @@ class Jacobi(_Windows):
             if value not in known:
                 raise ValueError(f"expected a {name} of {known}, got {value!r}")
 
-    def _drafts(self, run: Run, guidance: float | None) -> _Source:
-        return _Tails(self.window, self.start)
-
     def _test(self, turn: Window, law: ops.Law) -> ops.Accepted:
         return ops.speculative_accept(law, tail=self.tail, step=turn.number, **_tested(turn))
 
 
 @dataclass(frozen=True)
-class Grouped(_Windows):
+class Grouped(_FromPassBefore):
     """Grouped speculative decoding (arXiv 2508.07747) made exact: drafts are tested by their groups' mass.
 
     groups: int64 [V], a partition of the vocabulary (`ops.codebook_groups`). A token that is accepted with
@@ -138,12 +149,6 @@ class Grouped(_Windows):
     groups: Tensor
     start: Start = "random"
 
-    def __post_init__(self) -> None:
-        _expect_window(self.window)
-
-    def _drafts(self, run: Run, guidance: float | None) -> _Source:
-        return _Tails(self.window, self.start)
-
     def _test(self, turn: Window, law: ops.Law) -> ops.Accepted:
         found = ops.grouped_accept(law, groups=self.groups, published=False, **_tested(turn))
         at = torch.arange(found.tokens.shape[1], device=found.tokens.device)
@@ -152,7 +157,7 @@ class Grouped(_Windows):
 
 
 @dataclass(frozen=True)
-class BiasedGrouped(_Windows):
+class BiasedGrouped(_FromPassBefore):
     """Grouped speculative decoding as published: faster, and NOT with the law of plain sampling.
 
     groups: a partition int64 [V], or None for the window of `ranks` neighbours in the order of probability
@@ -166,12 +171,6 @@ class BiasedGrouped(_Windows):
     embedding: Tensor | None = None
     max_distance: float = 0.5
     start: Start = "random"
-
-    def __post_init__(self) -> None:
-        _expect_window(self.window)
-
-    def _drafts(self, run: Run, guidance: float | None) -> _Source:
-        return _Tails(self.window, self.start)
 
     def _test(self, turn: Window, law: ops.Law) -> ops.Accepted:
         names = ("groups", "ranks", "delta", "embedding", "max_distance")
@@ -230,9 +229,6 @@ class Draft(_Windows):
     model: Model
     window: int = 4
 
-    def __post_init__(self) -> None:
-        _expect_window(self.window)
-
     def _drafts(self, run: Run, guidance: float | None) -> _Source:
         with torch.no_grad():
             session = self.model.begin(run.condition, guided=guidance is not None, window=self.window + 1)
@@ -286,14 +282,9 @@ class _Written:
         if max(kept) > written:
             self._pass(last)  # a row kept the last draft as well
             written += 1
-        newest = last.drawn.gather(1, (last.length - 1).clamp_min(0)[:, None])[:, 0]
-        stood = _before(last)
-        self.session.rewind([written - n for n in kept], torch.where(last.length > 0, newest, stood))
-
-
-def _before(turn: Window) -> Tensor:
-    """A row that is complete goes on from anything: nobody reads what follows."""
-    return turn.drawn[:, 0].clamp_min(0)
+        # A row that is complete goes on from anything: nobody reads what follows.
+        newest = last.newest(last.drawn[:, 0].clamp_min(0))
+        self.session.rewind([written - n for n in kept], newest)
 
 
 # --- what they share ---------------------------------------------------------------------------------------
@@ -312,11 +303,6 @@ def _draw(law: ops.Law, seeds: Tensor, place: Tensor) -> Tensor:
     none = at.new_empty(rows * n, 0)
     found = ops.speculative_accept(each, none, seed=seeds.repeat_interleave(n), position=at.reshape(-1))
     return found.tokens.view(rows, n)
-
-
-def _expect_window(window: int) -> None:
-    if window < 0:
-        raise ValueError(f"expected a window of 0 or more drafts, got {window}")
 
 
 def _expect_steady(run: Run) -> float | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from arimg.generators.loop import Sampler, Session, Turn, final_tokens, generate
 FAMILIES = ("next-scale", "next-frequency", "raster", "any-order", "speculative")
 
 
-class SystemModel(nn.Module):
-    """A generator of one system at any size. Subclasses define encode, loss, begin and decode.
+class SystemModel(nn.Module, ABC):
+    """A generator of one system at any size. Subclasses define encode (or `examples`), loss, begin and
+    decode.
 
     sampler: its defaults for `generate`. A `commit` attribute is its rule; without one every token is final
     at once. The tokenizer is not a submodule (`hidden`): it is saved beside the model.
@@ -33,27 +36,27 @@ class SystemModel(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Images [B, 3, S, S] in [0, 1] -> what training sees of them, [B, ...] (tokens, mostly)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} makes its examples from a teacher")
 
     def examples(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """What training sees of images and their classes; `encode` unless a system learns from a teacher."""
         return self.encode(pixels)
 
+    @abstractmethod
     def loss(self, examples: Tensor, labels: Tensor) -> Tensor:
         """Of encoded images and their classes int64 [B], a scalar. In training mode classes may be
         dropped.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, condition: Any, guided: bool, **options: Any) -> Session:
         """Opens a generation for class labels [B]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         """The pictures of a finished generation: [B, 3, S, S] in [0, 1]. tokens: of the steps that are
         over.
         """
-        raise NotImplementedError
 
     def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
         """Ways to generate from (labels, seed): the system's own first, the plain method of the same network
@@ -63,8 +66,9 @@ class SystemModel(nn.Module):
 
     def pictures(self, labels: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
         """Pictures of the given classes, [B, 3, S, S]; options are those of `generate`."""
-        turns = list(generate(self, labels, seed=seed, **options))
-        return self.decode(turns[0].run.session, final_tokens(iter(turns)))
+        turns = generate(self, labels, seed=seed, **options)
+        first = next(turns)  # the others are not kept, nor their logits
+        return self.decode(first.run.session, final_tokens(chain([first], turns)))
 
 
 class Hidden:
@@ -85,8 +89,8 @@ class System:
     """Facts of a system and how its small version is made.
 
     tokenizer(images, folder): makes the tokenizer, or reads the one that it left in this folder; None: there
-    is none. make(tokenizer, classes): the model at its small size. paper: where it is published. tokens: of a
-    picture, at the small size. deviations: from the paper, and of released code from the paper.
+    is none. make(tokenizer, classes): the model at its small size. paper: where it is published. deviations:
+    from the paper, and of released code from the paper.
     """
 
     name: str
