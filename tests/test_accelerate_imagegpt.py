@@ -12,6 +12,7 @@ import arimg
 from arimg import ops
 from arimg.accelerate import few_rows
 from arimg.accelerate import imagegpt as accelerated
+from arimg.nn.packed_linear import BITS
 from tiny_transformers import chameleon, emu3, imagegpt, janus, spread, transformers
 
 START, LENGTH = torch.full((3, 1), 60), 40
@@ -100,7 +101,7 @@ def test_copies_of_the_weights(runs):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_codes_of_the_weights(runs, weights):
     """Of the turned weights: steps have the logits of the rounded ones; memory is counted and given back."""
-    model, twin, bits = imagegpt(), imagegpt(), few_rows.BITS[weights]
+    model, twin, bits = imagegpt(), imagegpt(), BITS[weights]
     copied = [p for n, p in model.named_parameters() if ".c_" in n and p.dim() == 2]
     codes = [ops.quantize_weight(w.t(), bits) for w in copied]
     for w, c in zip((p for n, p in twin.named_parameters() if ".c_" in n and p.dim() == 2), codes):

@@ -12,6 +12,7 @@ import arimg
 from arimg import ops
 from arimg.accelerate import decode_step, few_rows, llama_layer
 from arimg.accelerate.swap import is_swapped
+from arimg.nn.packed_linear import BITS
 from tiny_transformers import TEXT, chameleon, emu3, janus, spread, transformers
 
 MODELS = {
@@ -316,7 +317,7 @@ def rounded(model, weights):
     twin = copy.deepcopy(model)
     for name, module in twin.named_modules():
         if name.endswith("lm_head") or ("layers" in name and name.endswith("proj")):
-            packed = ops.quantize_weight(module.weight, few_rows.BITS[weights])
+            packed = ops.quantize_weight(module.weight, BITS[weights])
             module.weight.data = ops.dequantize_weight(packed)
 
     def run(input_ids, **step):

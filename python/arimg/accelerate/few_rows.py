@@ -11,18 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arimg import _library, ops
+from arimg import _library
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
+from arimg.accelerate.view import Storage, source_of
+from arimg.nn.packed_linear import pack_weight
 from arimg.ops._common import FLOATING
 from arimg.ops.block_linear import MAX_ROWS
 from arimg.reference.block_linear import ACTIVATIONS as _FORMULAS
 from arimg.reference.block_linear import QuantizedWeight
 
-Storage = (
-    torch.dtype | str | None
-)  # of the weights that products read: a type, "int8" or "int4", or their own
-BITS = {"int8": 8, "int4": 4}
 ACTIVATIONS = list(_FORMULAS)
 
 _copies: WeakKeyDictionary[nn.Module, tuple[Any, Tensor | QuantizedWeight]] = WeakKeyDictionary()
@@ -107,7 +105,7 @@ def weight_of(
     if not copies(storage, weights[0]):
         only: Tensor = weights[0]
         return only
-    source = (storage, *((id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights))
+    source = (storage, *map(source_of, weights))
     kept = _copies.get(owner)
     if kept is None or kept[0] != source:
         whole = [(w.t() if turned else w).detach() for w in weights]
@@ -117,7 +115,7 @@ def weight_of(
 
 def _copy(weights: list[Tensor], storage: Storage) -> Tensor | QuantizedWeight:
     if isinstance(storage, str):
-        return ops.quantize_weight(torch.cat(weights), BITS[storage])
+        return pack_weight(torch.cat(weights), storage)
     return torch.cat([w.to(storage) for w in weights]).contiguous()
 
 

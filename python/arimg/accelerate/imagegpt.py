@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from arimg.accelerate import probe
 from arimg.accelerate.decode_step import Slot, Step, attend, find_slot, find_step
-from arimg.accelerate.few_rows import Storage, copies, fits, is_plain, product, release, rms_norm, weight_of
+from arimg.accelerate.few_rows import copies, fits, is_plain, product, release, rms_norm, weight_of
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
+from arimg.accelerate.view import Storage
 
 _BLOCK = {"ln_1", "attn", "ln_2", "mlp"}
 _NOTE = "steps of a token: fused norms, attention over the keys that are there; products on copies only"

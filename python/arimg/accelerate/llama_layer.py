@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from arimg.accelerate import probe
 from arimg.accelerate.decode_step import Slot, Step, attend, find_slot, find_step
 from arimg.accelerate.few_rows import (
-    Storage,
     activation_name,
     copies,
     fits,
@@ -27,6 +26,7 @@ from arimg.accelerate.few_rows import (
 )
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
+from arimg.accelerate.view import Storage
 
 _PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")

@@ -109,7 +109,7 @@ def _given(theirs: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tens
     return given
 
 
-def _source(given: Tensor) -> tuple[object, ...]:
+def source_of(given: Tensor) -> tuple[object, ...]:
     """What a copy was made of; differs where the copy is out of date."""
     # An inference tensor has no version; it cannot change in place outside inference mode either.
     version = 0 if given.is_inference() else given._version
@@ -119,7 +119,7 @@ def _source(given: Tensor) -> tuple[object, ...]:
 def _converted(given: Tensor, own: nn.Parameter, dtype: torch.dtype) -> Tensor:
     if given.dtype == dtype:
         return given
-    source = _source(given)
+    source = source_of(given)
     if getattr(own, "_arimg_source", None) == source and own.dtype == dtype:
         return own
     copy = nn.Parameter(given.detach().to(dtype), requires_grad=False)
@@ -128,7 +128,7 @@ def _converted(given: Tensor, own: nn.Parameter, dtype: torch.dtype) -> Tensor:
 
 
 def _pack(layer: PackedLinear, given: Tensor, storage: str) -> None:
-    source = _source(given)
+    source = source_of(given)
     if layer.__dict__.get("_arimg_source") == source:
         return
     packed = pack_weight(given.detach(), storage)

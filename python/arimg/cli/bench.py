@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from arimg import benchmark
+from arimg.cli.command import add_command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,8 +20,7 @@ def add_commands(commands: Any) -> None:
         dest="bench", required=True, metavar="WHAT"
     )
     text = "seconds a picture, beside the released loop in plain PyTorch"
-    models = bench.add_parser("models", help=text, description=text)
-    models.set_defaults(run=run_models)
+    models = add_command(bench, "models", run_models, text)
     models.add_argument("--model", default="var-d16", help=", ".join(benchmark.MODELS))
     models.add_argument(
         "--peer",

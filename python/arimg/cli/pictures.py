@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from arimg import models, show_config
+from arimg.cli.command import add_command
 from arimg.data.images import open_image, to_tensor
 from arimg.train.grid import make_grid, save_png
 
 
 def add_commands(commands: Any) -> None:
-    generate = _command(commands, "generate", run_generate, "make pictures of a class")
+    generate = add_command(commands, "generate", run_generate, "make pictures of a class")
     generate.add_argument(
         "--class", dest="classes", action="append", metavar="NAME", help="class; may be repeated"
     )
@@ -38,21 +38,17 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--more-smooth", action="store_true", help="mix codes instead of drawing one")
     _add_model(generate)
 
-    reconstruct = _command(commands, "reconstruct", run_reconstruct, "pass a picture through the tokenizer")
+    reconstruct = add_command(
+        commands, "reconstruct", run_reconstruct, "pass a picture through the tokenizer"
+    )
     reconstruct.add_argument("image", type=Path)
     reconstruct.add_argument("-o", "--out", type=Path, help="PNG: original beside reconstruction")
     _add_model(reconstruct)
 
-    _add_model(_command(commands, "classes", run_classes, "list a model's classes"))
-    _command(
+    _add_model(add_command(commands, "classes", run_classes, "list a model's classes"))
+    add_command(
         commands, "info", lambda _: print(show_config()), "versions, what was built, what could not load"
     )
-
-
-def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

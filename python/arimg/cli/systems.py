@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from arimg.cli.command import add_command
 from arimg.data.images import load_images
 from arimg.train import loop
 from arimg.train.grid import make_grid, save_png
@@ -20,17 +20,19 @@ def add_commands(commands: Any) -> None:
     inner = commands.add_parser("systems", help="the published systems: list, train, sample").add_subparsers(
         dest="systems", required=True, metavar="ACTION"
     )
-    listing = _command(inner, "list", run_list, "all systems, with what was measured of them")
+    listing = add_command(inner, "list", run_list, "all systems, with what was measured of them")
     listing.add_argument("--markdown", action="store_true", help="as docs/systems.md")
 
-    bench = _command(inner, "bench", run_bench, "passes and milliseconds a picture, beside the plain method")
+    bench = add_command(
+        inner, "bench", run_bench, "passes and milliseconds a picture, beside the plain method"
+    )
     bench.add_argument("names", nargs="*", metavar="NAME", help="systems (default: all that are trained)")
     bench.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default runs)")
     bench.add_argument("--n", type=int, default=4, help="pictures each (default 4)")
     bench.add_argument("--json", type=Path, help="file to write; what it holds of other systems is kept")
     bench.add_argument("--about", default="", help="machine and date in words, kept in the file")
 
-    train = _command(inner, "train", run_train, "train the small version of a system on your pictures")
+    train = add_command(inner, "train", run_train, "train the small version of a system on your pictures")
     train.add_argument("name", metavar="NAME")
     train.add_argument(
         "--data", type=Path, required=True, help="folder or tar of images; folders are classes"
@@ -43,19 +45,13 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
 
-    sample = _command(inner, "sample", run_sample, "pictures of a trained system, as a grid")
+    sample = add_command(inner, "sample", run_sample, "pictures of a trained system, as a grid")
     sample.add_argument("name", metavar="NAME")
     sample.add_argument("--run", dest="folder", type=Path, help="folder of the training (default runs/NAME)")
     sample.add_argument("--class", dest="classes", action="append", metavar="CLASS", help="may be repeated")
     sample.add_argument("--n", type=int, default=4, help="pictures per class (default 4)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("-o", "--out", type=Path, default=Path("grid.png"))
-
-
-def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run_list(args: argparse.Namespace) -> None:

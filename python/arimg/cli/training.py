@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from arimg import models, tokenizers
+from arimg.cli.command import add_command
 from arimg.data.images import Images, load_images
 from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
@@ -25,7 +26,9 @@ def add_commands(commands: Any) -> None:
     data = commands.add_parser("data", help="make a data set").add_subparsers(
         dest="data", required=True, metavar="SET"
     )
-    emoji = _command(data, "emoji", run_emoji, "emoji drawings in five styles (needs npm and arimg[train])")
+    emoji = add_command(
+        data, "emoji", run_emoji, "emoji drawings in five styles (needs npm and arimg[train])"
+    )
     emoji.add_argument("--out", type=Path, required=True, help="folder for the tar")
     emoji.add_argument("--size", type=int, default=64, help="pixels (default 64)")
     emoji.add_argument("--packages", type=Path, help="folder that keeps the npm packages")
@@ -33,26 +36,20 @@ def add_commands(commands: Any) -> None:
     train = commands.add_parser("train", help="train a part").add_subparsers(
         dest="part", required=True, metavar="PART"
     )
-    tokenizer = _command(
+    tokenizer = add_command(
         train, "tokenizer", run_tokenizer, "train a VQ tokenizer on a folder or tar of images"
     )
     _add_run(tokenizer, RunConfig(Path()))
     _add_tokenizer(tokenizer)
-    var = _command(train, "var", run_var, "train a VAR generator on the tokens of a tokenizer")
+    var = add_command(train, "var", run_var, "train a VAR generator on the tokens of a tokenizer")
     _add_run(var, RunConfig(Path()))
     _add_var(var)
 
-    evaluate = _command(commands, "evaluate", run_evaluate, "KID-EffLite0 and PSNR on held-out images")
+    evaluate = add_command(commands, "evaluate", run_evaluate, "KID-EffLite0 and PSNR on held-out images")
     _add_data(evaluate)
     evaluate.add_argument("--model", default=models.DEFAULT, metavar="PATH")
     evaluate.add_argument("--limit", type=int, help="held-out images to use (default: all)")
     evaluate.add_argument("--seed", type=int, default=0)
-
-
-def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,8 @@ from arimg import ops
 from arimg.reference.block_linear import QuantizedWeight
 
 _FLOAT = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BITS = {"int8": 8, "int4": 4}
-CODES = tuple(_BITS)
+BITS = {"int8": 8, "int4": 4}
+CODES = tuple(BITS)
 
 
 def pack_weight(weight: Tensor, storage: str, group: int | None = None) -> Tensor | QuantizedWeight:
@@ -18,10 +18,10 @@ def pack_weight(weight: Tensor, storage: str, group: int | None = None) -> Tenso
 
     group: inputs under one scale, for int8 and int4 (see `ops.quantize_weight`).
     """
-    if storage in _BITS:
-        return ops.quantize_weight(weight, _BITS[storage], group)
+    if storage in BITS:
+        return ops.quantize_weight(weight, BITS[storage], group)
     if storage not in _FLOAT:
-        raise ValueError(f"expected a storage of {[*_FLOAT, *_BITS]}, got {storage!r}")
+        raise ValueError(f"expected a storage of {[*_FLOAT, *BITS]}, got {storage!r}")
     if group is not None:
         raise ValueError(f"expected no group for {storage}, got {group}")
     return weight.to(_FLOAT[storage])

@@ -91,8 +91,7 @@ def load(folder: str | Path) -> Trained:
     system, classes = find(about["system"]), tuple(json.loads(about["classes"]))
     model = system.make(system.tokenizer(_no_images(classes), folder), len(classes))
     try:
-        state = load_file(path)  # early runs have the tokenizer's weights in it as well
-        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("tokenizer.")})
+        model.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit {system.name}: {' '.join(str(error).split())[:200]}"

@@ -58,9 +58,7 @@ def missing() -> list[str]:
 def markdown() -> str:
     """docs/systems.md"""
     measured, known = measure.read(), systems()
-    lines = [
-        _INTRO.format(example="nar" if "nar" in known else "var", about=measure.about() or "nothing yet")
-    ]
+    lines = [_INTRO.format(example="nar", about=measure.about() or "nothing yet")]
     placed: set[str] = set()
     for group, published in PUBLISHED.items():
         names = [n for p in published for n in p.names if n in known]

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from arimg.train.files import save_whole
 from arimg.train.grid import save_png
 
 
@@ -165,9 +166,7 @@ class Checkpoint:
             "modules": {k: m.state_dict() for k, m in task.modules.items()},
             "optimizers": {k: o.state_dict() for k, o in task.optimizers.items()},
         }
-        partial = self.path.with_suffix(".part")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        save_whole(state, self.path)
 
     def restore(self, task: Task, ema: nn.Module) -> int:
         """Loads the state into `task` and `ema`; returns the number of steps done, 0 without a checkpoint."""

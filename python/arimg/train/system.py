@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from arimg.data.images import Images
 from arimg.systems.base import SystemModel
+from arimg.train.files import kept
 from arimg.train.grid import make_grid
 from arimg.train.loop import bfloat16, descend
 
@@ -79,18 +80,10 @@ def examples_of(model: SystemModel, images: Images, path: Path) -> Tensor:
     digest = hashlib.sha256(repr(images.names).encode() + images.pixels.tobytes())
     labels, few = torch.from_numpy(images.labels), range(min(4, len(images)))
     digest.update(model.examples(images.batch(few), labels[list(few)]).numpy().tobytes())
-    key = digest.hexdigest()
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        if saved["key"] == key:
-            stored: Tensor = saved["examples"]
-            return stored
-    rows = [
-        model.examples(images.batch(range(start, min(start + 64, len(images)))), labels[start : start + 64])
-        for start in tqdm(range(0, len(images), 64), desc="encode", mininterval=5.0)
-    ]
-    examples = torch.cat(rows)
-    partial = path.with_suffix(".part")
-    torch.save({"key": key, "examples": examples}, partial)
-    partial.replace(path)
+
+    def make() -> dict[str, Tensor]:
+        parts = tqdm(torch.arange(len(images)).split(64), desc="encode", mininterval=5.0)
+        return {"examples": torch.cat([model.examples(images.batch(i.numpy()), labels[i]) for i in parts])}
+
+    examples: Tensor = kept(path, digest.hexdigest(), make)["examples"]
     return examples

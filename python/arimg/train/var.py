@@ -16,6 +16,7 @@ from tqdm import tqdm
 from arimg.data.images import Images, augment
 from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
+from arimg.train.files import kept
 from arimg.train.grid import make_grid
 from arimg.train.loop import bfloat16, descend
 from arimg.train.muon import Muon
@@ -72,18 +73,14 @@ def cached_tokens(path: Path, tokenizer: VQVAE, images: Images, settings: VarSet
     for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
         for tensor in part.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
-    key = digest.hexdigest()
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        if saved["key"] == key:
-            return Tokens(saved["indices"].long(), saved["labels"], tuple(saved["sizes"]))
-    tokens = tokenize(tokenizer, images, settings.copies, settings.shift, settings.seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"key": key, "indices": tokens.indices.to(torch.int32), "labels": tokens.labels}
-    partial = path.with_suffix(".part")
-    torch.save({**content, "sizes": list(tokens.sizes)}, partial)
-    partial.replace(path)
-    return tokens
+
+    def make() -> dict[str, object]:
+        tokens = tokenize(tokenizer, images, settings.copies, settings.shift, settings.seed)
+        indices = tokens.indices.to(torch.int32)
+        return {"indices": indices, "labels": tokens.labels, "sizes": list(tokens.sizes)}
+
+    found = kept(path, digest.hexdigest(), make)
+    return Tokens(found["indices"].long(), found["labels"], tuple(found["sizes"]))
 
 
 def class_weights(labels: Tensor, classes: tuple[str, ...], factors: Mapping[str, float]) -> Tensor | None:
