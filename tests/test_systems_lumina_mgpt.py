@@ -1,11 +1,15 @@
-"""Lumina-mGPT: the grammar of its sequences, caches of two lengths, shapes that are read from tokens."""
+"""Lumina-mGPT: the grammar of its sequences, caches of two lengths, shapes that are read from tokens, weights
+of Chameleon.
+"""
 
 import pytest
 import torch
 
+from arimg import ops, reference
 from arimg.generators.loop import Sampler, final_tokens, generate
+from arimg.nn import checkpoint
 from arimg.nn.conditioning import Text
-from arimg.systems.lumina_mgpt import LuminaModel
+from arimg.systems.lumina_mgpt import NAMES, LuminaModel
 from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
 
 LABELS = torch.tensor([1, 0, 1])
@@ -16,6 +20,11 @@ def model():
     torch.manual_seed(0)
     made = LuminaModel(_single_scale(scale_tokenizer(), 64), 2, depth=2, width=32, heads=2, dropout=0.05)
     torch.nn.init.normal_(made.output.weight, std=0.2)
+    with torch.no_grad():
+        for layer in made.layers:
+            for norm in (layer.attention.q_norm, layer.attention.k_norm):
+                norm.weight.normal_(mean=2.0)
+                norm.bias.normal_()
     return made.eval()
 
 
@@ -56,6 +65,91 @@ def test_caches_of_two_lengths_give_the_logits_of_a_recomputation(model):
     assert torch.allclose(cached[3:], alone, atol=2e-5, rtol=1e-4)
     lengths = turns[-1].run.session.caches[0].row_lengths
     assert lengths == (4 + 18,) * 3 + (18,) * 3
+
+
+def test_conditions_in_passes_of_their_own_draw_the_same(model):
+    both, alone = (list(generate(model, LABELS, seed=3, size=(3, 4), apart=apart)) for apart in (False, True))
+    for a, b in zip(both, alone, strict=True):
+        assert torch.allclose(a.logits, b.logits, atol=2e-5, rtol=1e-4) and torch.equal(a.drawn, b.drawn)
+    session = alone[-1].run.session
+    assert session.caches[0].row_lengths == (4 + 18,) * 3 and session.alone.caches[0].row_lengths == (18,) * 3
+    assert len(list(generate(model, LABELS, sampler=Sampler(), size=(1, 1), apart=True))) == 5
+    ways = model.ways()
+    first, last = (torch.cat(final_tokens(way(LABELS, 7)), 1) for way in ways.values())
+    assert len(ways) == 2 and torch.equal(first, last)
+
+
+def test_queries_and_keys_are_normalised_so_that_their_size_does_not_matter(model):
+    tokens, attention = torch.arange(12).view(1, 12), model.layers[0].attention
+    weight, bias = attention.wqkv.weight.data[:64], attention.q_norm.bias.data  # of queries and keys, 32 each
+    kept, logits = weight.clone(), []
+    with torch.no_grad():
+        for factor, shift in ((100, 0), (1000, 0), (100, 1)):
+            weight.copy_(kept * factor)
+            bias += shift
+            logits.append(model.predict(LABELS[:1], tokens))
+    weight.copy_(kept)
+    bias -= 1
+    assert torch.allclose(logits[1], logits[0], atol=1e-4)
+    assert (logits[2] - logits[0]).abs().max() > 0.01
+
+
+def chameleon(**sizes):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    vq = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "latent_channels": 32}
+    config = transformers.ChameleonConfig(vq_config=vq, vocabulary_map={"<image>": 4}, **sizes)
+    return transformers.ChameleonForConditionalGeneration(config)
+
+
+def test_weights_of_chameleon_give_its_logits():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 200}
+    theirs = chameleon(**sizes, num_attention_heads=4, num_key_value_heads=2).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.normal_(std=1.5 * p.shape[-1] ** -0.5) if p.dim() > 1 else p.normal_(mean=1.0, std=0.3)
+            if "_norm.weight" in name:
+                p += 1.0
+    rows = torch.randperm(200)[: 64 + 3 + 8]
+    tokenizer = _single_scale(scale_tokenizer(), 64)
+    ours = LuminaModel.from_state_dict(theirs.state_dict(), tokenizer=tokenizer, rows=rows, heads=4)
+    assert (ours.heads, ours.kv_heads, ours.depth, ours.hidden) == (4, 2, 2, 96)
+    caption, sequence = torch.randint(200, (2, 5)), torch.randint(75, (2, 9))
+    said = theirs.model.embed_tokens(caption)
+    with torch.no_grad():
+        read = torch.cat((caption, rows[torch.cat((torch.full((2, 1), ours.start), sequence), 1)]), 1)
+        expected = theirs.lm_head(theirs.model(input_ids=read).last_hidden_state)[:, 5:, rows]
+        got = ours.predict(Text(said, torch.tensor([5, 5], dtype=torch.int32)), sequence)
+    assert expected.std() > 0.5 and torch.allclose(got, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_the_shapes_of_the_published_size_are_those_of_chameleon():
+    with torch.device("meta"):
+        theirs = chameleon().state_dict()
+    released = checkpoint.translated(theirs, NAMES, "Chameleon", ("model.vqmodel.",))
+    tokenizer = _single_scale(scale_tokenizer(), 64)
+    with torch.device("meta"):
+        full = LuminaModel(tokenizer, 1, depth=32, width=4096, heads=32, hidden=11008)
+    ours = {k: tuple(v.shape) for k, v in full.state_dict().items() if not k.startswith("conditioner.")}
+    vocabulary = {"tok_embeddings.weight": (65536, 4096), "output.weight": (65536, 4096)}
+    assert ours | vocabulary == {k: tuple(v.shape) for k, v in released.items()}
+    assert ours["layers.31.attention.k_norm.bias"] == (32, 128) and len(ours) == 3 + 32 * 11
+    with pytest.raises(ValueError, match=r"expected the state dict of a Chameleon, got one without 'lm_head"):
+        checkpoint.translated({k: v for k, v in theirs.items() if k != "lm_head.weight"}, NAMES, "Chameleon")
+    with pytest.raises(ValueError, match=r"expected the state dict of a Chameleon, got one with 'model.vqm"):
+        checkpoint.translated(theirs, NAMES, "Chameleon")
+
+
+def test_the_same_draws_on_every_backend(backend, model):
+    turns = list(generate(model, LABELS[:1], seed=torch.tensor([9]), size=(2, 2)))
+    for turn in turns:  # <h>, <w>, tokens among those of a picture, <eol>, <end>
+        arguments = {**turn.run.sampler.settings(turn), **turn.run.session.processors(turn)}
+        moved = {k: v.to(backend.device) if torch.is_tensor(v) else v for k, v in arguments.items()}
+        seed = torch.tensor([9])
+        logits = turn.logits.to(backend.device)
+        drawn = ops.sample(logits, seed=seed.to(backend.device), position=turn.position, **moved)
+        again = reference.sample(turn.logits, seed=seed, position=turn.position, **arguments)
+        assert torch.equal(drawn.cpu(), again) and torch.equal(again, turn.drawn)
 
 
 def test_rows_with_texts_of_their_own_length_are_those_alone(model):

@@ -392,7 +392,9 @@ class Decoder:
         self.layers = [_weights(cast(Layer, layer)) for layer in model.layers]
         self.norm, self.output = norm_scale(model.norm), _matrix(model.output)
         self.shift = torch.zeros_like(self.norm)
-        self.direct = _Direct.of(self) if type(self) is Decoder else None
+        kind = type(self)
+        plain = kind.hidden is Decoder.hidden and kind.head is Decoder.head
+        self.direct = _Direct.of(self) if plain else None
 
     def run(self, x: Tensor, attend: Attend, dropout: float = 0.0) -> Tensor:
         """x [B, L, C] -> logits [B, L, V], float32."""

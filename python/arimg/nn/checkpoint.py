@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+Theirs = str | tuple[str, ...]  # names of one or of several tensors
 _KEY = "arimg"  # metadata entry: {"kind": class name, "config": constructor arguments}
 
 
@@ -71,6 +72,31 @@ def count(state: Mapping[str, Tensor], prefix: str) -> int:
     while str(n) in numbers:
         n += 1
     return n
+
+
+def translated(
+    state: Mapping[str, Tensor], names: Mapping[str, Theirs], what: str, without: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """A state dict under other names. names: ours -> theirs, {} the number of a layer in both; where several
+    of theirs are given, ours is all of them, one below the other.
+
+    without: beginnings of their names that have no counterpart. Raises ValueError for other such names and
+    for missing ones.
+    """
+    out: dict[str, Tensor] = {}
+    left = {key for key in state if not key.startswith(without)}
+    for ours, theirs in names.items():
+        parts = (theirs,) if isinstance(theirs, str) else theirs
+        for n in range(count(state, parts[0].split("{}")[0]) if "{}" in ours else 1):
+            keys = [part.format(n) for part in parts]
+            if missing := [key for key in keys if key not in state]:
+                raise ValueError(f"expected the state dict of a {what}, got one without {missing[0]!r}")
+            tensors = [state[key] for key in keys]
+            out[ours.format(n)] = tensors[0] if len(keys) == 1 else torch.cat(tensors)
+            left.difference_update(keys)
+    if left:
+        raise ValueError(f"expected the state dict of a {what}, got one with {min(left)!r}")
+    return out
 
 
 def load_checked(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

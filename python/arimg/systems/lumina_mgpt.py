@@ -8,16 +8,18 @@ unconditional rows of guidance have no text: they begin at <start>, so the cache
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from arimg.generators.llamagen import LlamaGen, LlamaSession
-from arimg.generators.loop import Sampler, Session, Turn
+from arimg.generators.llamagen import Attend, Decoder, Layer, LlamaGen, LlamaSession
+from arimg.generators.loop import Sampler, Session, Turn, generate
 from arimg.guidance import Guidance
 from arimg.layout import Layout
+from arimg.nn import checkpoint
 from arimg.nn.conditioning import Conditioner, Text
 from arimg.nn.rope import rope_1d
 from arimg.reference.kv_cache import Rope
@@ -26,11 +28,48 @@ from arimg.systems.tokenizer import grid_tokenizer
 from arimg.tokenizers import VQVAE
 
 Z_LOSS = 1e-5
+NAMES: dict[str, checkpoint.Theirs] = {  # ours -> Chameleon's in the package transformers
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    **{
+        f"layers.{{}}.{ours}.weight": f"model.layers.{{}}.{theirs}.weight"
+        for ours, theirs in (
+            ("attention_norm", "input_layernorm"),
+            ("attention.wo", "self_attn.o_proj"),
+            ("attention.q_norm", "self_attn.q_norm"),
+            ("attention.k_norm", "self_attn.k_norm"),
+            ("ffn_norm", "post_attention_layernorm"),
+            ("feed_forward.w1", "mlp.gate_proj"),
+            ("feed_forward.w3", "mlp.up_proj"),
+            ("feed_forward.w2", "mlp.down_proj"),
+        )
+    },
+    "layers.{}.attention.q_norm.bias": "model.layers.{}.self_attn.q_norm.bias",
+    "layers.{}.attention.k_norm.bias": "model.layers.{}.self_attn.k_norm.bias",
+    "layers.{}.attention.wqkv.weight": (
+        "model.layers.{}.self_attn.q_proj.weight",
+        "model.layers.{}.self_attn.k_proj.weight",
+        "model.layers.{}.self_attn.v_proj.weight",
+    ),
+}
 CROPS = ((8, 8), (4, 8), (8, 4))  # shapes in training; a crop in a quarter of the steps
 
 
+class HeadNorm(nn.Module):
+    """Weights of a layer norm over the channels of each head, one set a head."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+
+
 class LuminaModel(LlamaGen, SystemModel):
-    """Tokens: those of the tokenizer, then <start>, <eol>, <end> and the numbers 1 .. side of <h> and <w>."""
+    """A Chameleon: a Llama with a layer norm of queries and keys.
+
+    Tokens: those of the tokenizer, then <start>, <eol>, <end> and the numbers 1 .. side of <h> and <w>.
+    """
 
     tokenizer = Hidden()
     sampler = Sampler(Guidance(4.0), top_k=2000)
@@ -43,6 +82,42 @@ class LuminaModel(LlamaGen, SystemModel):
         self.start, self.eol, self.end = (self.image_vocab + i for i in range(3))
         self.conditioner = Conditioner(num_classes, text_tokens, self.width)
         del self.cls_embedding
+        for layer in cast("list[Layer]", list(self.layers)):
+            layer.attention.q_norm = HeadNorm(self.heads, self.width // self.heads)
+            layer.attention.k_norm = HeadNorm(self.kv_heads, self.width // self.heads)
+
+    @classmethod
+    def from_state_dict(  # type: ignore[override]
+        cls, state: Mapping[str, Tensor], *, tokenizer: VQVAE, rows: Tensor, heads: int | None = None,
+        **options: Any,
+    ) -> LuminaModel:  # fmt: skip
+        """The model of a Chameleon's weights, by the names that the package transformers gives them.
+
+        rows: int64 [tokens], which tokens of its vocabulary ours are, in our order; the others are left out,
+        which changes no picture under the grammar. heads: where they are not 128 wide. A text is then the
+        `Text` of its words' rows of `model.embed_tokens.weight`.
+        """
+        ours = checkpoint.translated(state, NAMES, "Chameleon", ("model.vqmodel.",))
+        words = checkpoint.tensor_of(ours, "tok_embeddings.weight", 2, "Chameleon")
+        for name in ("tok_embeddings.weight", "output.weight"):
+            ours[name] = ours[name][rows.to(words.device)]
+        width = words.shape[1]
+        ours["conditioner.table"] = words.new_zeros(2, 1, width)
+        ours["conditioner.project.weight"] = torch.eye(width, dtype=words.dtype, device=words.device)
+        ours["conditioner.project.bias"] = words.new_zeros(width)
+        model = super().from_state_dict(
+            ours, heads=heads or width // 128, tokenizer=tokenizer, text_tokens=1, **options
+        )
+        return cast(LuminaModel, model)
+
+    @staticmethod
+    def _sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+        sizes = LlamaGen._sizes(state, heads)
+        return {name: n for name, n in sizes.items() if name != "vocab_size"}
+
+    @staticmethod
+    def _condition_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"num_classes": len(state["conditioner.table"]) - 1}
 
     @property
     def layout(self) -> Layout:
@@ -55,8 +130,11 @@ class LuminaModel(LlamaGen, SystemModel):
     def rope(self) -> Rope:
         """Of places in the sequence, with room for a text of 4 times the usual length."""
         longest = self.length + 4 * self.text_tokens + 1
-        device = self.tok_embeddings.weight.device
-        return rope_1d(longest, self.width // self.heads, self.rope_base, device=device)
+        device, head_dim = self.tok_embeddings.weight.device, self.width // self.heads
+        return rope_1d(longest, head_dim, self.rope_base, interleaved=False, device=device)
+
+    def decoder(self) -> Decoder:
+        return NormedHeads(self)
 
     def sequence(self, tokens: Tensor) -> Tensor:
         """Tokens of a map [B, h, w] as they follow <start>: int64 [B, 3 + h (w + 1)]."""
@@ -115,14 +193,15 @@ class LuminaModel(LlamaGen, SystemModel):
 
     def begin(
         self, condition: Any, guided: bool, size: tuple[int, int] | None = None, constrained: bool = True,
-        **options: Any,
+        apart: bool = False, **options: Any,
     ) -> LuminaSession:  # fmt: skip
         """condition: labels [B] or a `Text`. size: (h, w) of the map. constrained: by the grammar; without
-        it only <h> and <w> are forced.
+        it only <h> and <w> are forced. apart: unconditional rows have passes of their own.
         """
-        return LuminaSession(
-            self, self.conditioner(condition), guided, size or (self.side,) * 2, constrained, **options
-        )
+        text, size = self.conditioner(condition), size or (self.side, self.side)
+        if guided and apart:
+            return PairSession(self, text, False, size, constrained, **options)
+        return LuminaSession(self, text, guided, size, constrained, **options)
 
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         maps = torch.stack([self.map(row) for row in torch.cat(tokens, 1)])
@@ -130,6 +209,35 @@ class LuminaModel(LlamaGen, SystemModel):
             raise ValueError(f"expected maps of {self.side} x {self.side}, got {list(maps.shape[1:])}")
         pictures: Tensor = self.tokenizer.decode([maps.flatten(1)])
         return pictures
+
+    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
+        return {
+            "Lumina-mGPT": lambda labels, seed: generate(self, labels, seed=seed),
+            "a pass for each condition": lambda labels, seed: generate(self, labels, seed=seed, apart=True),
+        }
+
+
+class NormedHeads(Decoder):
+    """Queries and keys of each head are normalised before the attention."""
+
+    def __init__(self, model: LuminaModel) -> None:
+        super().__init__(model)
+        self.norms = [self._norm(layer) for layer in cast("list[Layer]", list(model.layers))]
+
+    @staticmethod
+    def _norm(layer: Layer) -> tuple[Tensor, Tensor]:
+        """Weights and biases of all heads of queries and keys, [Hq + Hkv, D] each."""
+        q, k = (cast(HeadNorm, norm) for norm in (layer.attention.q_norm, layer.attention.k_norm))
+        return torch.cat((q.weight, k.weight)), torch.cat((q.bias, k.bias))
+
+    def run(self, x: Tensor, attend: Attend, dropout: float = 0.0) -> Tensor:
+        def normed(i: int, qkv: Tensor) -> Tensor:
+            weight, bias = self.norms[i]
+            qk, v = qkv.split((len(weight), qkv.shape[2] - len(weight)), 2)
+            qk = torch.addcmul(bias, F.layer_norm(qk.float(), qk.shape[-1:]), weight)
+            return attend(i, torch.cat((qk.to(v.dtype), v), 2))
+
+        return super().run(x, normed, dropout)
 
 
 class LuminaSession(LlamaSession):
@@ -186,6 +294,23 @@ class LuminaSession(LlamaSession):
         return {"allowed": torch.arange(model.vocab_size, device=self.device) < model.image_vocab}
 
 
+class PairSession(LuminaSession):
+    """The plain method of guidance: a session for the text, and one without it."""
+
+    def __init__(self, model: LuminaModel, text: Text, *arguments: Any, **options: Any) -> None:
+        super().__init__(model, text, *arguments, **options)
+        nothing = Text(text.states[:, :0], torch.zeros_like(text.lengths))
+        self.alone = LuminaSession(model, nothing, *arguments, **options)
+
+    def logits(self, turn: Turn) -> Tensor:
+        said = super().logits(turn)
+        return said if turn.guidance is None else torch.cat((said, self.alone.logits(turn)))
+
+    def feed(self, turn: Turn) -> None:
+        super().feed(turn)
+        self.alone.feed(turn)
+
+
 def make(tokenizer: Any, classes: int) -> LuminaModel:
     return LuminaModel(tokenizer, classes, depth=6, width=192, heads=3, dropout=0.05)
 
@@ -198,6 +323,7 @@ SYSTEM = System(
     "any shape by <h> <w>, <eol> and <end> in one causal sequence; guidance with caches of two lengths",
     grid_tokenizer,
     make,
-    deviations="the text is four learned vectors per class; no norm of queries and keys; shapes in training "
-    "are crops of token maps",
+    deviations="the text is four learned vectors per class; shapes in training are crops of token maps; "
+    "weights load by the names of Chameleon in the package transformers, whose vocabulary is cut to what a "
+    "picture needs",
 )
