@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import released
 from arimg import ops
 from arimg.generators import LlamaGen
 from arimg.generators.llamagen import Decoder
@@ -76,25 +77,6 @@ def indices(batch: int, n: int) -> Tensor:
     return torch.randint(50, (batch, n), generator=torch.Generator().manual_seed(0))
 
 
-def released_shapes(depth: int, c: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    s: dict[str, tuple[int, ...]] = {
-        "cls_embedding.embedding_table.weight": (1001, c),
-        "tok_embeddings.weight": (16384, c),
-        "norm.weight": (c,),
-        "output.weight": (16384, c),
-    }
-    layer: dict[str, tuple[int, ...]] = {
-        "attention.wqkv.weight": (3 * c, c),
-        "attention.wo.weight": (c, c),
-        "feed_forward.w1.weight": (hidden, c),
-        "feed_forward.w3.weight": (hidden, c),
-        "feed_forward.w2.weight": (c, hidden),
-        "attention_norm.weight": (c,),
-        "ffn_norm.weight": (c,),
-    }
-    return s | {f"layers.{i}.{k}": v for i in range(depth) for k, v in layer.items()}
-
-
 @pytest.mark.parametrize(
     ("depth", "width", "hidden", "millions"),
     [(12, 768, 2048, 111), (24, 1024, 2816, 343), (36, 1280, 3584, 775), (48, 1536, 4096, 1411)],
@@ -104,7 +86,7 @@ def test_names_shapes_and_sizes_are_the_released_ones(
 ) -> None:
     with torch.device("meta"):
         m = LlamaGen(depth=depth, width=width, heads=width // 64)
-    assert {k: tuple(v.shape) for k, v in m.state_dict().items()} == released_shapes(depth, width, hidden)
+    assert released.shapes_of(m) == released.llamagen(depth, width, hidden)
     assert round(sum(p.numel() for p in m.parameters()) / 1e6) == millions
 
 

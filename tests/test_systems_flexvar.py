@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import released
 from arimg import ops, reference
 from arimg.generators.loop import Sampler, generate
 from arimg.layout import Layout
@@ -185,16 +186,34 @@ def test_the_same_draws_on_every_backend(backend: Backend, model: FlexVAR) -> No
     assert torch.equal(drawn.cpu(), again)
 
 
-def test_full_size_and_refusals(model: FlexVAR) -> None:
+@pytest.mark.parametrize("depth", [16, 20, 24])
+def test_names_and_shapes_are_the_released_ones(depth: int) -> None:
     with torch.device("meta"):
         tokenizer = VQVAE(8912, 32, ch=8, blocks=1)
         tokenizer.quantize = MapQuantizer(8912, 32, Layout.scales(SCALES_256).shapes, cosine=True)  # type: ignore[assignment]
-        big = FlexVAR(tokenizer, 1000, depth=16)
-    shapes = {k: tuple(v.shape) for k, v in big.state_dict().items()}
-    assert shapes["head.weight"] == (8912, 1024) and shapes["word_embed.weight"] == (1024, 32)
-    assert shapes["pos_1LC"] == (1, 1024, 32, 32) and shapes["pos_start"] == (1, 1, 1024)
-    assert shapes["class_emb.weight"] == (1001, 1024) and not any("lvl" in k for k in shapes)
-    assert big.layout.length == 680 and shapes["blocks.15.ada_lin.1.weight"] == (6144, 1024)
+        big = FlexVAR(tokenizer, 1000, depth=depth)
+    ours, theirs = released.shapes_of(big), released.flexvar(depth)
+    constants = {k for k in theirs if k.endswith("zero_k_bias") or k == "attn_bias_for_masking"}
+    assert ours == {k: v for k, v in theirs.items() if k not in constants} and len(constants) == depth + 1
+    assert big.layout.length == 680 and ours["pos_1LC"] == (1, 64 * depth, 32, 32)
+
+
+def test_a_released_state_dict_gives_the_structure_and_is_loaded(model: FlexVAR) -> None:
+    shapes = released.flexvar(2, 103, grid=8, vocab=64, c=32, heads=2, classes=3, z=16)
+    state = released.random_state(shapes)
+    twin = FlexVAR.from_state_dict(state, tokenizer=model.tokenizer)
+    assert isinstance(twin, FlexVAR) and twin.config() == model.config() and not twin.training
+    assert all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(tokens_of(turns_of(twin)), tokens_of(turns_of(model)))
+    with pytest.raises(ValueError, match="expected 'pos_1LC' with 4 dimensions, got shape"):
+        FlexVAR.from_state_dict({**state, "pos_1LC": torch.zeros(1, 103, 32)}, tokenizer=model.tokenizer)
+    del state["head.bias"]
+    with pytest.raises(ValueError, match=r"expected the weights of this FlexVAR, .* head.bias: missing"):
+        FlexVAR.from_state_dict(state, tokenizer=model.tokenizer)
+
+
+def test_what_does_not_fit_is_refused(model: FlexVAR) -> None:
     with pytest.raises(ValueError, match="expected a first scale of 1 token, got 4"):
         turns_of(model, scales=(2, 4))
     with pytest.raises(ValueError, match=r"expected x \[1, 20, 16\], got \[1, 19, 16\]"):

@@ -181,6 +181,9 @@ def test_full_size_and_refusals() -> None:
     shapes = {k: tuple(v.shape) for k, v in big.state_dict().items()}
     assert shapes["mask_blocks.7.attn.mat_qkv.weight"] == (3072, 1024) and shapes["pos_1LC"] == (1, 680, 1024)
     assert shapes["mask_head.weight"] == (4096, 1024) and "mask_blocks.8.attn.proj.weight" not in shapes
+    small = VQVAE(8, 4, 8, (1, 1), [1, 2], blocks=1)
+    state = HMAR(small, 1, depth=3, width=32, heads=2, branch=2).state_dict()
+    assert cast(HMAR, HMAR.from_state_dict(state, tokenizer=small)).branch == 2
     with pytest.raises(ValueError, match=r"expected a branch of 1\.\.1 blocks, got 2"):
         HMAR(VQVAE(8, 4, 8, (1, 1), [1, 2], blocks=1), 1, depth=2, width=32, heads=2, branch=2)
     plans = [

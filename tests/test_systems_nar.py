@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import released
 import system_checks as checks
 from arimg.generators.loop import Sampler
 from arimg.systems import find
@@ -27,13 +28,22 @@ def test_names_and_shapes_are_the_released_ones() -> None:
     full = checks.tokenizer(16, 40)
     with torch.device("meta"):
         m = NarModel(full, 1000, depth=12, width=768, heads=12)
-    shapes = {k: tuple(v.shape) for k, v in m.state_dict().items()}
-    assert sum(k.startswith("layers.") for k in shapes) == 13 * 7
-    assert shapes["layers.12.attention.wqkv.weight"] == (2304, 768)
-    assert shapes["layers.12.feed_forward.w1.weight"] == (2048, 768)
-    assert shapes["medusa_norm.weight"] == shapes["norm.weight"] == (768,)
-    assert shapes["medusa_output.weight"] == shapes["output.weight"] == (40, 768)
+    assert released.shapes_of(m) == released.nar(12, 768, 2048, vocab=40)
     assert len(m.layout) == 31 and m.layout.sizes[15] == 16
+
+
+def test_a_released_state_dict_gives_the_structure_and_is_loaded() -> None:
+    m = model()
+    state = released.random_state(released.nar(2, 32, 48, vocab=40, classes=3))
+    options = {"tokenizer": m.tokenizer, "heads": 2, "dropout": 0.0, "class_dropout": 0.0}
+    twin = NarModel.from_state_dict(state, **options)
+    assert isinstance(twin, NarModel) and twin.config() == m.config() and not twin.training
+    assert all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
+    twin.load_state_dict(m.state_dict())
+    assert torch.equal(checks.tokens_of(checks.turns_of(twin)), checks.tokens_of(checks.turns_of(m)))
+    options["tokenizer"] = checks.tokenizer(4, 41)
+    with pytest.raises(ValueError, match=r"expected the weights of this NarModel, .*: expected \[41, 32\]"):
+        NarModel.from_state_dict(state, **options)
 
 
 def test_a_pass_for_each_diagonal_and_what_each_predicts() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import released
 from arimg import generators, tokenizers
 from arimg.generators import VAR
 from arimg.generators.var import VarSession
@@ -44,42 +45,6 @@ def tokens(var: VAR, batch: int, seed: int = 0) -> list[Tensor]:
     return [torch.randint(var.tokenizer.vocab_size, (batch, n), generator=g) for n in var.layout.sizes]
 
 
-def released_shapes(depth: int, shared: bool, l2: bool, length: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of var_d{depth}.pth; the constants `lvl_1L` etc. are in `constants`."""
-    c, classes, vocab, z = 64 * depth, 1000, 4096, 32
-    s: dict[str, tuple[int, ...]] = {
-        "pos_start": (1, 1, c),
-        "pos_1LC": (1, length, c),
-        "lvl_embed.weight": (10, c),
-        "class_emb.weight": (classes + 1, c),
-        "word_embed.weight": (c, z),
-        "word_embed.bias": (c,),
-        "head_nm.ada_lin.1.weight": (2 * c, c),
-        "head_nm.ada_lin.1.bias": (2 * c,),
-        "head.weight": (vocab, c),
-        "head.bias": (vocab,),
-    }
-    if shared:
-        s |= {"shared_ada_lin.1.weight": (6 * c, c), "shared_ada_lin.1.bias": (6 * c,)}
-    for i in range(depth):
-        block: dict[str, tuple[int, ...]] = {
-            "attn.mat_qkv.weight": (3 * c, c),
-            "attn.q_bias": (c,),
-            "attn.v_bias": (c,),
-            "attn.proj.weight": (c, c),
-            "attn.proj.bias": (c,),
-            "ffn.fc1.weight": (4 * c, c),
-            "ffn.fc1.bias": (4 * c,),
-            "ffn.fc2.weight": (c, 4 * c),
-            "ffn.fc2.bias": (c,),
-        }
-        block |= {"attn.scale_mul_1H11": (1, depth, 1, 1)} if l2 else {}
-        ada = {"ada_lin.1.weight": (6 * c, c), "ada_lin.1.bias": (6 * c,)}
-        block |= {"ada_gss": (1, 1, 6, c)} if shared else ada
-        s |= {f"blocks.{i}.{k}": v for k, v in block.items()}
-    return s
-
-
 def constants(var: VAR) -> dict[str, Tensor]:
     """Buffers that released checkpoints hold besides."""
     level = var.layout.level()
@@ -95,8 +60,7 @@ def test_names_and_shapes_are_the_released_ones(
 ) -> None:
     with torch.device("meta"):
         var = VAR(VQVAE(scales=scales), depth=depth, shared_adaln=shared, attn_l2_norm=l2)
-    shapes = {k: tuple(v.shape) for k, v in var.state_dict().items()}
-    assert shapes == released_shapes(depth, shared, l2, length)
+    assert released.shapes_of(var) == released.var(depth, shared, l2, length)
 
 
 @pytest.mark.parametrize("shared", [False, True])

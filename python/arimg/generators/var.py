@@ -160,27 +160,36 @@ class VAR(nn.Module):
         heads is needed only where the attention has no L2 norm and heads are not 64 wide. The scales are the
         tokenizer's; for the released 512-px models (2240 tokens) a tokenizer of 256 px gets their schedule.
         """
+        sizes = cls._sizes(state, heads) | options
+        tokenizer = cls._fitted(tokenizer, state)
+        with torch.device("meta"):
+            model = cls(tokenizer, **sizes)
+        model = model.to_empty(device="cpu").eval()
+        checkpoint.load_checked(model, state, cls.__name__)
+        return model
+
+    @classmethod
+    def _sizes(cls, state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+        """Constructor arguments that a state dict tells."""
         classes, width = checkpoint.tensor_of(state, "class_emb.weight", 2, "VAR").shape
+        hidden = len(checkpoint.tensor_of(state, "blocks.0.ffn.fc1.weight", 2, "VAR"))
+        per_head = state.get("blocks.0.attn.scale_mul_1H11")
+        return {
+            "num_classes": classes - 1,
+            "depth": checkpoint.count(state, "blocks."),
+            "width": width,
+            "heads": heads or (width // 64 if per_head is None else per_head.shape[1]),
+            "mlp_ratio": hidden / width,
+            "shared_adaln": "shared_ada_lin.1.weight" in state,
+            "attn_l2_norm": per_head is not None,
+        }
+
+    @classmethod
+    def _fitted(cls, tokenizer: VQVAE, state: Mapping[str, Tensor]) -> VQVAE:
+        """The tokenizer with the scales of a state dict."""
         length = checkpoint.tensor_of(state, "pos_1LC", 3, "VAR").shape[1]
         scales = len(checkpoint.tensor_of(state, "lvl_embed.weight", 2, "VAR"))
-        hidden = len(checkpoint.tensor_of(state, "blocks.0.ffn.fc1.weight", 2, "VAR"))
-        tokenizer = _fit_tokenizer(tokenizer, scales, length)
-        per_head = state.get("blocks.0.attn.scale_mul_1H11")
-        with torch.device("meta"):
-            model = cls(
-                tokenizer,
-                classes - 1,
-                checkpoint.count(state, "blocks."),
-                width,
-                heads or (width // 64 if per_head is None else per_head.shape[1]),
-                mlp_ratio=hidden / width,
-                shared_adaln="shared_ada_lin.1.weight" in state,
-                attn_l2_norm=per_head is not None,
-                **options,
-            )
-        model = model.to_empty(device="cpu").eval()
-        checkpoint.load_checked(model, state, "VAR")
-        return model
+        return _fit_tokenizer(tokenizer, scales, length)
 
     def labels(self, labels: int | Sequence[int] | Tensor) -> Tensor:
         """Check class labels and put "no class" (-1) at num_classes: int64 [B] on the model's device."""

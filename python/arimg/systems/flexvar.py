@@ -13,7 +13,7 @@ steps (981 tokens); without training for it, 4.43 at 512 x 512.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from arimg.generators.loop import Sampler, Session, Turn, generate
 from arimg.generators.var import VarSession, uncached
 from arimg.guidance import BeyondConditional, Guidance, linear_until
 from arimg.layout import Layout
+from arimg.nn import checkpoint
 from arimg.nn.adaln import run_blocks
 from arimg.nn.map_quantizer import MapQuantizer
 from arimg.systems.base import System
@@ -71,6 +72,16 @@ class FlexVAR(VarModel):
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "grid": self.grid}
+
+    @classmethod
+    def _sizes(cls, state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+        grid = checkpoint.tensor_of(state, "pos_1LC", 4, "FlexVAR").shape[-1]
+        return {**super()._sizes(state, heads), "grid": grid}
+
+    @classmethod
+    def _fitted(cls, tokenizer: VQVAE, state: Mapping[str, Tensor]) -> VQVAE:
+        """As it is: the weights say nothing about scales."""
+        return tokenizer
 
     @property
     def maps(self) -> MapQuantizer:

@@ -9,7 +9,7 @@ mask blocks on the same input plus the codes that are final already, or a mask v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from arimg.generators.loop import ALWAYS, EachStep, Sampler, Turn, generate
 from arimg.generators.var import VAR, VarSession, uncached
 from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.layout import Layout
+from arimg.nn import checkpoint
 from arimg.nn.adaln import AdaLNBlock, run_blocks
 from arimg.nn.labels import with_unconditional
 from arimg.systems.base import System
@@ -67,6 +68,10 @@ class HMAR(VarModel):
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "branch": self.branch}
+
+    @classmethod
+    def _sizes(cls, state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+        return {**super()._sizes(state, heads), "branch": checkpoint.count(state, "mask_blocks.")}
 
     @property
     def _masked_chain(self) -> list[AdaLNBlock]:

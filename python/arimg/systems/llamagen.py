@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ class GridModel(LlamaGen, SystemModel):
     def __init__(self, tokenizer: VQVAE, num_classes: int, **size: Any) -> None:
         super().__init__(tokenizer.vocab_size, num_classes, grid=tokenizer.scales[-1][0], **size)
         self.tokenizer = tokenizer
+
+    @staticmethod
+    def _sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+        """As of LlamaGen; the tokenizer, an option of `from_state_dict`, says how many tokens there are."""
+        sizes = LlamaGen._sizes(state, heads)
+        return {name: n for name, n in sizes.items() if name != "vocab_size"}
 
     def encode(self, pixels: Tensor) -> Tensor:
         tokens: Tensor = self.tokenizer.encode(pixels)[-1]

@@ -7,7 +7,8 @@ order of the diagonals, so a diagonal is appended to the caches as it is and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +40,16 @@ class NarModel(GridModel):
         self.medusa_norm = nn.RMSNorm(self.width)
         self.medusa_output = nn.Linear(self.width, self.vocab_size, bias=False)
         self._initialise()
-        self.order = diagonal_order(self.grid, self.grid)  # the raster index of each token of the sequence
+
+    @staticmethod
+    def _sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+        sizes = GridModel._sizes(state, heads)
+        return {**sizes, "depth": sizes["depth"] - 1}  # the last layer is that of the second head
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The raster index of each token of the sequence."""
+        return diagonal_order(self.grid, self.grid)
 
     @property
     def layout(self) -> Layout:

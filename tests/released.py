@@ -1,0 +1,102 @@
+"""Names and shapes of the checkpoints that authors have released, and state dicts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(module: torch.nn.Module) -> Shapes:
+    return {name: tuple(t.shape) for name, t in module.state_dict().items()}
+
+
+def random_state(shapes: Mapping[str, tuple[int, ...]], std: float = 0.3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * std for name, shape in shapes.items()}
+
+
+def layers(prefix: str, depth: int, each: Shapes) -> Shapes:
+    return {f"{prefix}.{i}.{name}": shape for i in range(depth) for name, shape in each.items()}
+
+
+def linear(name: str, rows: int, columns: int) -> Shapes:
+    """A product with a bias."""
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def var(
+    depth: int, shared: bool, l2: bool, length: int, *, c: int = 0, heads: int = 0, classes: int = 1000,
+    vocab: int = 4096, z: int = 32, scales: int = 10,
+) -> Shapes:  # fmt: skip
+    """var_d{depth}.pth without its constants (`var_constants`)."""
+    c, heads = c or 64 * depth, heads or depth
+    block = {
+        **linear("attn.proj", c, c),
+        **linear("ffn.fc1", 4 * c, c),
+        **linear("ffn.fc2", c, 4 * c),
+        "attn.mat_qkv.weight": (3 * c, c),
+        "attn.q_bias": (c,),
+        "attn.v_bias": (c,),
+    }
+    block |= {"attn.scale_mul_1H11": (1, heads, 1, 1)} if l2 else {}
+    block |= {"ada_gss": (1, 1, 6, c)} if shared else linear("ada_lin.1", 6 * c, c)
+    return {
+        "pos_start": (1, 1, c),
+        "pos_1LC": (1, length, c),
+        "lvl_embed.weight": (scales, c),
+        "class_emb.weight": (classes + 1, c),
+        **linear("word_embed", c, z),
+        **linear("head_nm.ada_lin.1", 2 * c, c),
+        **linear("head", vocab, c),
+        **(linear("shared_ada_lin.1", 6 * c, c) if shared else {}),
+        **layers("blocks", depth, block),
+    }
+
+
+def var_constants(depth: int, c: int, length: int) -> Shapes:
+    """Buffers that released checkpoints hold besides."""
+    zeros = layers("blocks", depth, {"attn.zero_k_bias": (c,)})
+    return {"lvl_1L": (1, length), "attn_bias_for_masking": (1, 1, length, length), **zeros}
+
+
+def flexvar(depth: int, length: int = 680, grid: int = 32, vocab: int = 8912, **size: Any) -> Shapes:
+    """FlexVAR: of VAR's names without an embedding of the level, positions as a grid; and its constants."""
+    shapes = var(depth, False, True, length, vocab=vocab, **size)
+    c = shapes["word_embed.bias"][0]
+    constants = {k: v for k, v in var_constants(depth, c, length).items() if k != "lvl_1L"}
+    del shapes["lvl_embed.weight"]
+    return {**shapes, "pos_1LC": (1, c, grid, grid), **constants}
+
+
+def llamagen(depth: int, c: int, hidden: int, vocab: int = 16384, classes: int = 1000) -> Shapes:
+    """c2i_*.pt"""
+    layer: Shapes = {
+        "attention.wqkv.weight": (3 * c, c),
+        "attention.wo.weight": (c, c),
+        "feed_forward.w1.weight": (hidden, c),
+        "feed_forward.w3.weight": (hidden, c),
+        "feed_forward.w2.weight": (c, hidden),
+        "attention_norm.weight": (c,),
+        "ffn_norm.weight": (c,),
+    }
+    return {
+        "cls_embedding.embedding_table.weight": (classes + 1, c),
+        "tok_embeddings.weight": (vocab, c),
+        "norm.weight": (c,),
+        "output.weight": (vocab, c),
+        **layers("layers", depth, layer),
+    }
+
+
+def nar(depth: int, c: int, hidden: int, vocab: int = 16384, classes: int = 1000) -> Shapes:
+    """LlamaGen's names, one more layer and a second head."""
+    return {
+        **llamagen(depth + 1, c, hidden, vocab, classes),
+        "medusa_norm.weight": (c,),
+        "medusa_output.weight": (vocab, c),
+    }
