@@ -49,6 +49,15 @@ def close(got: Tensor, expected: Tensor, rtol: float = 1e-5) -> bool:
     return bool((got - expected).abs().max() <= rtol * expected.abs().max()) and bool(expected.std() > 0.1)
 
 
+def check_ways(model: Any, rtol: float = 2e-5) -> None:
+    """The plain method is listed last and draws what the system's own does, from the same logits."""
+    (name, own), (plain_name, plain) = model.ways().items()
+    assert name != plain_name
+    ours, theirs = (list(way(torch.tensor(LABELS), 5)) for way in (own, plain))
+    assert torch.equal(tokens_of(ours), tokens_of(theirs))
+    assert all(close(a.logits, b.logits, rtol) for a, b in zip(ours, theirs, strict=True))
+
+
 def check_rows_alone(model: Any, **options: Any) -> Tensor:
     """Row b alone draws what it draws in the batch, and again; rows differ. Returns the batch's tokens."""
     together = tokens_of(turns_of(model, **options))

@@ -8,6 +8,8 @@ from torch import Tensor
 
 import released
 import system_checks as checks
+from arimg.generators.loop import Sampler
+from arimg.guidance import Guidance
 from arimg.systems import find
 from arimg.systems.llamagen import GridModel
 
@@ -41,6 +43,15 @@ def test_cached_logits_equal_teacher_forced_ones() -> None:
     with torch.no_grad():
         forced = m(labels, checks.tokens_of(turns)[:, :-1].repeat(2, 1))
     assert len(turns) == 16 and checks.close(torch.cat([t.logits for t in turns], 1), forced)
+
+
+def test_without_a_cache_the_same_is_drawn() -> None:
+    m = model()
+    checks.check_ways(m)
+    sampler = Sampler(Guidance(2.0, until=5))  # then the unconditional rows are no more
+    cached, whole = (checks.turns_of(m, sampler=sampler, cached=c) for c in (True, False))
+    assert torch.equal(checks.tokens_of(cached), checks.tokens_of(whole))
+    assert [len(t.logits) for t in whole] == [6] * 5 + [3] * 11
 
 
 def test_queries_and_keys_of_the_class_are_zero_and_its_value_counts() -> None:

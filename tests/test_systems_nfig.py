@@ -11,7 +11,7 @@ from arimg.systems.nfig import NFIG, quantizer
 from arimg.systems.tokenizer import around
 from arimg.tokenizers import SCALES_256, VQVAE
 from conftest import Backend
-from system_checks import LABELS, check_rows_alone, close, spread, tokens_of, turns_of
+from system_checks import LABELS, check_rows_alone, check_ways, close, spread, tokens_of, turns_of
 
 SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
 
@@ -78,6 +78,8 @@ def test_the_loop_has_the_logits_of_teacher_forcing_and_rows_stand_alone(model: 
     forced = model(torch.tensor(LABELS), x)
     assert close(torch.cat([t.logits[:3] for t in turns], 1), forced, 2e-5)
     check_rows_alone(model)
+    check_ways(model)
+    assert next(iter(model.ways())) == "NFIG"
 
 
 def test_the_same_draws_on_every_backend(backend: Backend, model: NFIG) -> None:

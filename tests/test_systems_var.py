@@ -9,7 +9,7 @@ import released
 from arimg.generators.var import VarSession
 from arimg.systems.var import VarModel
 from arimg.tokenizers import VQVAE
-from system_checks import LABELS, check_rows_alone, close, spread, tokens_of, turns_of
+from system_checks import LABELS, check_rows_alone, check_ways, close, spread, tokens_of, turns_of
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,12 @@ def test_masked_logits_are_the_cached_ones_and_f_hat_is_the_running_one(model: V
     assert close(torch.cat([t.logits[:3] for t in turns], 1), forced)
     f_hat = model.tokenizer.quantize.features(indices)
     assert torch.equal(cast(VarSession, turns[-1].run.session).f_hat, f_hat)
+
+
+def test_without_a_cache_the_same_is_drawn(model: VarModel) -> None:
+    check_ways(model)
+    session = cast(VarSession, turns_of(model, cached=False)[-1].run.session)
+    assert session.caches == [] and [x.shape[1] for x in session.before] == list(model.layout.sizes)
 
 
 def test_earlier_levels_do_not_see_later_ones_and_with_a_full_mask_they_do(

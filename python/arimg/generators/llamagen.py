@@ -264,12 +264,14 @@ class LlamaGen(nn.Module):
 
     def begin(self, condition: Any, guided: bool, **options: Any) -> "LlamaSession":
         """Opens a generation for class labels [B]; options: tokens, only the first so many of a picture;
-        window, the most drafts that a pass may look at.
+        window, the most drafts that a pass may look at; cached=False, the plain method: all tokens so far
+        run again for each.
         """
+        kind = LlamaSession if options.pop("cached", True) else UncachedSession
         labels = self.labels(condition)
         rows = self.with_unconditional(labels, guided)
         prefix, padding = self.prefix(rows), self.padding(rows)
-        return LlamaSession(self, prefix, len(prefix) // (1 + guided), padding=padding, **options)
+        return kind(self, prefix, len(prefix) // (1 + guided), padding=padding, **options)
 
     def with_unconditional(self, labels: Tensor, guided: bool) -> Tensor:
         """Labels of all rows of a generation: where guidance is on, "no class" for each behind them."""
@@ -358,6 +360,20 @@ class LlamaSession(Session):
         self.pending = self.pending[: self.rows]
         self.padding = None if self.padding is None else self.padding[: self.rows]
         self.caches = [cache.fork(range(self.rows)) for cache in self.caches]
+
+
+class UncachedSession(LlamaSession):
+    """Runs the whole sequence for every token."""
+
+    whole: Tensor | None = None
+
+    def logits(self, turn: Turn) -> Tensor:
+        if self.whole is not None:
+            self.pending = torch.cat((self.whole[: len(self.pending)], self.pending), 1)
+        self.whole = self.pending
+        for cache in self.caches:
+            cache.truncate(0)
+        return super().logits(turn)
 
 
 def _extended(rope: Rope, window: int) -> Rope:

@@ -287,7 +287,9 @@ class VAR(nn.Module):
             yield Step(turn.step, turn.shape, turn.drawn, session.f_hat, turn.logits, self.tokenizer)
 
     def begin(self, condition: Any, guided: bool, **options: Any) -> "VarSession":
-        """Opens a generation for class labels [B]; options: more_smooth."""
+        """Opens a generation for class labels [B]; options: more_smooth; cached=False, the plain method: all
+        scales so far run again in each pass.
+        """
         return VarSession(self, self.labels(condition), guided, **options)
 
 
@@ -316,8 +318,12 @@ class VarSession(Session):
         guided: bool,
         more_smooth: bool = False,
         layout: Layout | None = None,
+        cached: bool = True,
     ) -> None:
-        """layout: another than the model's, where its positions and inputs allow it."""
+        """layout: another than the model's, where its positions and inputs allow it. cached=False runs all
+        scales so far in every pass.
+        """
+        self.cached, self.before = cached, list[Tensor]()
         self.model, self.blocks, self.guided, self.more_smooth = model, model._blocks, guided, more_smooth
         self.layout = model.layout if layout is None else layout
         self.rows, self.device = len(labels), labels.device
@@ -334,6 +340,8 @@ class VarSession(Session):
 
     def _new_caches(self) -> list[KVCache]:
         """Room for the keys and values of all scales, for each block."""
+        if not self.cached:
+            return []
         model, p = self.model, self.model.pos_1LC
         shape = (len(self.condition.first), model.heads, self.layout.length, model.width // model.heads)
         dtype, kind = p.dtype, p.device.type  # under autocast keys and values come in its type
@@ -347,8 +355,11 @@ class VarSession(Session):
 
     def _step(self, k: int, f_hat: Tensor) -> Tensor:
         """Logits of scale k, given f_hat [B, C, H, W] of the scales before."""
-        c = self.condition
-        return self.model.head(run_blocks(self.blocks, self._input(k, f_hat), c.blocks, c.head, self._attend))
+        c, x = self.condition, self._input(k, f_hat)
+        if self.cached:
+            return self.model.head(run_blocks(self.blocks, x, c.blocks, c.head, self._attend))
+        self.before[k:] = [x]
+        return self.model._score(torch.cat(self.before, 1), c, scales=k + 1)[:, -x.shape[1] :]
 
     def _input(self, k: int, f_hat: Tensor) -> Tensor:
         """What the blocks see of scale k, [B or 2B, h * w, C]."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.data.images import Images
 from arimg.generators import LlamaGen
-from arimg.generators.llamagen import Attend, Decoder, LlamaSession, drop
+from arimg.generators.llamagen import Attend, Decoder, drop
 from arimg.generators.loop import Sampler, Turn, generate
 from arimg.guidance import Guidance, linear
 from arimg.nn.scale_quantizer import QuantizerOutput
@@ -122,12 +122,6 @@ class ElmModel(LlamaGen, SystemModel):
         pictures: Tensor = self.tokenizer.decode([pack(bits.flatten(2))])
         return pictures
 
-    def begin(self, condition: Any, guided: bool, **options: Any) -> LlamaSession:
-        """Options: cached=False, as the released sampler."""
-        labels = self.labels(condition)
-        kind = LlamaSession if options.pop("cached", True) else UncachedSession
-        return kind(self, self.prefix(self.with_unconditional(labels, guided)), len(labels), **options)
-
     def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
         return {
             "ELM": lambda labels, seed: generate(self, labels, seed=seed),
@@ -135,19 +129,6 @@ class ElmModel(LlamaGen, SystemModel):
                 self, labels, seed=seed, cached=False
             ),
         }
-
-
-class UncachedSession(LlamaSession):
-    """Runs the whole sequence for every token."""
-
-    whole: Tensor | None = None
-
-    def logits(self, turn: Turn) -> Tensor:
-        self.whole = self.pending if self.whole is None else torch.cat((self.whole, self.pending), 1)
-        self.pending = self.whole
-        for cache in self.caches:
-            cache.truncate(0)
-        return super().logits(turn)
 
 
 class ManyHeads(Decoder):
