@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arimg import ops, reference
 from arimg.generators.loop import Turn, generate
 from arimg.tokenizers import VQVAE
+from conftest import Backend
 
 LABELS, SEEDS = (1, 0, 2), (9, 3, 8)
 
@@ -56,6 +58,30 @@ def check_ways(model: Any, rtol: float = 2e-5) -> None:
     ours, theirs = (list(way(torch.tensor(LABELS), 5)) for way in (own, plain))
     assert torch.equal(tokens_of(ours), tokens_of(theirs))
     assert all(close(a.logits, b.logits, rtol) for a, b in zip(ours, theirs, strict=True))
+
+
+def check_draws(turns: Sequence[Turn], backend: Backend, **extra: Any) -> None:
+    """Every pass of a picture of seed SEEDS[0] draws on this backend what the oracle does."""
+    seed = torch.tensor(SEEDS[:1])
+    for turn in turns:
+        settings = {**turn.run.sampler.settings(turn), **turn.run.session.processors(turn), **extra}
+        moved = {k: v.to(backend.device) if torch.is_tensor(v) else v for k, v in settings.items()}
+        logits = turn.logits.to(backend.device)
+        drawn = ops.sample(logits, seed=seed.to(backend.device), position=turn.position, **moved)
+        again = reference.sample(turn.logits, seed=seed, position=turn.position, **settings)
+        assert torch.equal(drawn.cpu(), again) and torch.equal(again, turn.drawn)
+
+
+def check_learns(model: Any, examples: Tensor, labels: Tensor, steps: int = 30, lr: float = 1e-2) -> None:
+    """The loss of these examples falls by a fifth."""
+    optimizer, losses = torch.optim.Adam(model.train().parameters(), lr), []
+    for _ in range(steps):
+        loss = model.loss(examples, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
 def check_rows_alone(model: Any, **options: Any) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
+import released
 import system_checks as checks
 from arimg.generators.loop import Sampler
 from arimg.guidance import Guidance
-from arimg.systems import find
+from arimg.systems import ctf, find
 from arimg.systems.ctf import CtfModel, clusters_of
 
 SMALL = {"depth": 2, "width": 32, "heads": 2, "hidden": 48, "dropout": 0.0, "class_dropout": 0.0}
@@ -95,6 +98,29 @@ def test_clusters_shrink_the_head_and_carry_less_than_the_tokens() -> None:
         return float(-(p * p.clamp(min=1e-9).log()).sum())
 
     assert entropy(m.cluster[tokens]) < 0.6 * entropy(tokens)
+
+
+@pytest.mark.parametrize(("depth", "width", "plain", "coarse"), [(12, 768, 111, 87), (36, 1280, 775, 734)])
+def test_the_coarse_stage_has_as_many_parameters_as_published(
+    depth: int, width: int, plain: int, coarse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 clusters of 16,384 codes: millions of parameters without and with them."""
+    zeros = torch.zeros(16384, dtype=torch.int64)
+    monkeypatch.setattr(ctf, "clusters_of", lambda codes, clusters: zeros)
+    tokenizer = checks.tokenizer(16, 16384)
+    with torch.device("meta"):
+        m = CtfModel(tokenizer, 1000, 512, depth=depth, width=width, heads=width // 64)
+    stage = {k: v for k, v in released.shapes_of(m).items() if not k.startswith(("fine.", "cluster"))}
+    hidden = stage["layers.0.feed_forward.w1.weight"][0]
+    assert stage == released.llamagen(depth, width, hidden, vocab=512)
+    for shapes, millions in ((stage, coarse), (released.llamagen(depth, width, hidden), plain)):
+        assert round(sum(math.prod(s) for s in shapes.values()) / 1e6) == millions
+
+
+def test_it_learns() -> None:
+    torch.manual_seed(0)
+    fresh = CtfModel(checks.tokenizer(), 2, clusters=6, **SMALL)
+    checks.check_learns(fresh, torch.randint(40, (2, 16)), torch.tensor([0, 1]))
 
 
 def test_loss_pictures_and_what_does_not_fit() -> None:

@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import released
 from arimg import models, ops
 from arimg.generators import VAR
 from arimg.generators.loop import final_tokens, generate
 from arimg.guidance import Guidance
 from arimg.systems import find
 from arimg.systems.dd1 import DD1, FlowSampler, make, token_noise
+from arimg.tokenizers import VQVAE
 from conftest import Backend
 
 
@@ -133,6 +135,13 @@ def test_the_student_learns_which_token_a_noise_becomes(teacher: VAR) -> None:
     other = student.student(labels, noise.flip(1), tokens, 0)[0]
     wrong = (other.argmax(-1) == tokens).float().mean()
     assert right > 0.5 and right > 4 * wrong  # it reads its noise and does not only know the picture
+
+
+def test_at_full_size_its_shapes_are_those_of_var_and_three_more() -> None:
+    with torch.device("meta"):
+        big = DD1(VAR(VQVAE(), depth=16))
+    more = {"kind.weight": (2, 1024), **released.linear("code_head", 32, 1024)}
+    assert released.shapes_of(big) == {**released.var(16, False, True, 680), **more}
 
 
 def test_what_does_not_fit_is_refused(student: DD1, teacher: VAR) -> None:

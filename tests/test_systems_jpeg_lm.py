@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+import released
 from arimg.generators import Sampler
 from arimg.systems.jpeg_lm import JpegModel
-from arimg.tokenizers.jpeg import PAD, Jpeg, Place
+from arimg.tokenizers.jpeg import PAD, VOCABULARY, Jpeg, Place
+from conftest import Backend
 from system_checks import close, spread, tokens_of, turns_of
 
 
@@ -31,9 +33,9 @@ def changed_blocks(codec: Jpeg, scan: bytes, broken: bytes) -> int:
     return int((abs(a - b).reshape(n, 16, n, 16, 3).max((1, 3, 4)) > 4).sum())
 
 
-def model() -> JpegModel:
+def model(longest: int = 90) -> JpegModel:
     torch.manual_seed(0)
-    return spread(JpegModel(3, size=32, longest=90, depth=2, width=32, heads=1, dropout=0.0))
+    return spread(JpegModel(3, size=32, longest=longest, depth=2, width=32, heads=1, dropout=0.0))
 
 
 def test_scan_and_head_decode_as_the_whole_file_does() -> None:
@@ -138,6 +140,23 @@ def check_rows_padded(m: JpegModel, together: torch.Tensor) -> torch.Tensor:
         alone = tokens_of(turns_of(m, [label], seed=torch.tensor([seed])))[0]
         assert torch.equal(alone, together[b, : len(alone)]) and (together[b, len(alone) :] == PAD).all()
     return together
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    return tokens_of(turns_of(model(longest=44), [1]))
+
+
+def test_the_same_bytes_on_every_backend(backend: Backend, expected: torch.Tensor) -> None:
+    if backend.device == "cpu":
+        assert torch.equal(tokens_of(turns_of(model(longest=44), [1])), expected)
+
+
+def test_at_full_size_its_shapes_are_those_of_a_llama_of_7b() -> None:
+    with torch.device("meta"):
+        big = JpegModel(1000, size=256, longest=12288, depth=32, width=4096, heads=32, hidden=11008)
+    assert released.shapes_of(big) == released.llamagen(32, 4096, 11008, vocab=VOCABULARY)
+    assert len(big.layout) == 12288
 
 
 def test_it_learns_the_bytes_of_a_picture() -> None:

@@ -5,12 +5,12 @@ of Chameleon.
 import pytest
 import torch
 
-from arimg import ops, reference
 from arimg.generators.loop import Sampler, final_tokens, generate
 from arimg.nn import checkpoint
 from arimg.nn.conditioning import Text
 from arimg.systems.lumina_mgpt import NAMES, LuminaModel
 from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
+from system_checks import check_draws, turns_of
 
 LABELS = torch.tensor([1, 0, 1])
 
@@ -141,15 +141,8 @@ def test_the_shapes_of_the_published_size_are_those_of_chameleon():
 
 
 def test_the_same_draws_on_every_backend(backend, model):
-    turns = list(generate(model, LABELS[:1], seed=torch.tensor([9]), size=(2, 2)))
-    for turn in turns:  # <h>, <w>, tokens among those of a picture, <eol>, <end>
-        arguments = {**turn.run.sampler.settings(turn), **turn.run.session.processors(turn)}
-        moved = {k: v.to(backend.device) if torch.is_tensor(v) else v for k, v in arguments.items()}
-        seed = torch.tensor([9])
-        logits = turn.logits.to(backend.device)
-        drawn = ops.sample(logits, seed=seed.to(backend.device), position=turn.position, **moved)
-        again = reference.sample(turn.logits, seed=seed, position=turn.position, **arguments)
-        assert torch.equal(drawn.cpu(), again) and torch.equal(again, turn.drawn)
+    """<h>, <w>, tokens among those of a picture, <eol>, <end>."""
+    check_draws(turns_of(model, [1], size=(2, 2)), backend)
 
 
 def test_rows_with_texts_of_their_own_length_are_those_alone(model):

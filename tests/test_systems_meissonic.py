@@ -5,6 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+import released
+import system_checks as checks
 from arimg import _library
 from arimg.commit import ByRatio, LinearNoise, Plan
 from arimg.generators.loop import EachStep, final_tokens, generate
@@ -84,6 +86,23 @@ def test_the_kernels_of_the_gpu_draw_the_same(model):
     with _library.emulated_cuda():
         rule.settle(turn)
     assert torch.equal(turn.drawn, tokens) and torch.equal(turn.final, final)
+
+
+def test_shapes_at_full_size():
+    """1024 px: 64 x 64 tokens of 8192 codes, 42 blocks of 8 heads of 128, 77 tokens of text."""
+    tokenizer = checks.tokenizer(64, 8192)
+    with torch.device("meta"):
+        big = MeissonicModel(tokenizer, 1, 64, 77, compress=True, depth=42, width=1024, heads=8, hidden=4096)
+    shapes = released.shapes_of(big)
+    llama = released.llamagen(42, 1024, 4096, vocab=8193)
+    del llama["cls_embedding.embedding_table.weight"]
+    assert {k: v for k, v in shapes.items() if k in llama} == llama
+    assert shapes["down.weight"] == (1024, 1024, 2, 2) and shapes["up.weight"] == (4096, 1024)
+    assert shapes["conditioner.table"] == (2, 77, 1024) and shapes["numbers.0.weight"] == (1024, 192)
+    assert big.layout.length == 4096 and big.rope().cos.shape == (78 + 32 * 32, 64)
+    cos = MeissonicModel(checks.tokenizer(4), 1, depth=1, width=128, heads=1).rope().cos[-16:]
+    row, column = cos[:, 8:36].view(4, 4, 28), cos[:, 36:].view(4, 4, 28)  # of 16, 56 and 56 channels
+    assert (row == row[:, :1]).all() and (column == column[:1]).all() and (row != row[:1]).any()
 
 
 def test_halved_maps_have_a_quarter_of_the_inputs():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import released
 from arimg import ops, reference
 from arimg.nn.band_quantizer import BandQuantizer
 from arimg.systems import find
@@ -11,7 +12,16 @@ from arimg.systems.nfig import NFIG, quantizer
 from arimg.systems.tokenizer import around
 from arimg.tokenizers import SCALES_256, VQVAE
 from conftest import Backend
-from system_checks import LABELS, check_rows_alone, check_ways, close, spread, tokens_of, turns_of
+from system_checks import (
+    LABELS,
+    check_learns,
+    check_rows_alone,
+    check_ways,
+    close,
+    spread,
+    tokens_of,
+    turns_of,
+)
 
 SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
 
@@ -105,8 +115,14 @@ def test_the_tokenizer_learns() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_full_size() -> None:
+def test_it_learns() -> None:
+    torch.manual_seed(0)
+    fresh = NFIG(around(quantizer()), 2, depth=1, width=32, heads=2)
+    check_learns(fresh, torch.randint(1024, (2, 103)), torch.tensor([0, 1]))
+
+
+def test_at_full_size_its_shapes_are_those_of_var() -> None:
     with torch.device("meta"):
         big = NFIG(VQVAE(), 1000, depth=16)
-    assert big.layout.length == 680 and tuple(big.head.weight.shape) == (4096, 1024)
+    assert released.shapes_of(big) == released.var(16, False, True, 680)
     assert find("nfig").family == "next-frequency"

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import system_checks as checks
 from arimg.generators.loop import ALWAYS, final_tokens, generate
+from arimg.generators.speculative import BiasedGrouped, Grouped, Jacobi
 from arimg.systems import llamagen
-from arimg.systems.speculative import SMALL, SYSTEMS
+from arimg.systems.speculative import SMALL, SYSTEMS, SpeculativeModel
 from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
 
 FOUND = {system.name: system for system in SYSTEMS}
@@ -49,6 +51,34 @@ def test_tokens_belong_to_the_seed_of_the_row_and_become_pictures(model):
     assert pictures.shape == (2, 3, SIZE, SIZE)
     plain = torch.cat(final_tokens(generate(model, LABELS, commit=ALWAYS, seed=7)), 1)
     assert plain.shape == both.shape
+
+
+RULES = {
+    "fresh": Jacobi(3),
+    "coupled": Jacobi(3, "couple"),
+    "shared noise": Jacobi(3, "gumbel"),
+    "grouped": BiasedGrouped(3),
+    "grouped, exact": Grouped(3, torch.arange(40) // 4),
+}
+
+
+def drawn(name):
+    """By a small network."""
+    size = {"depth": 1, "width": 32, "heads": 2, "hidden": 48, "dropout": 0.0}
+    network = checks.spread(SpeculativeModel(checks.tokenizer(), 2, RULES, **size))
+    (tokens,) = final_tokens(generate(network, LABELS, commit=RULES[name], seed=7))
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {name: drawn(name) for name in RULES}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_backend_drafts_and_checks_the_same(backend, expected, name):
+    if backend.device == "cpu":
+        assert torch.equal(drawn(name), expected[name]) and expected[name].shape == (2, 16)
 
 
 def test_the_network_is_that_of_llamagen(tokenizer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import released
 import system_checks as checks
 from arimg.generators.loop import Sampler, generate
 from arimg.systems import find
@@ -82,6 +83,22 @@ def test_tokens_of_a_window_are_drawn_independently() -> None:
         drawn = checks.tokens_of(list(generate(m.eval(), labels, sampler=Sampler(), seed=0)))
         agree[s] = float((drawn == drawn[:, :1]).all(1).float().mean())
     assert agree[1] > 0.9 and 0.04 < agree[2] < 0.25
+
+
+@pytest.mark.parametrize(("side", "steps"), [(64, 1024), (128, 4096)])
+def test_shapes_at_full_size(side: int, steps: int) -> None:
+    """1024 and 2048 px on 20 blocks of width 3072: the MLPs narrow a token to a quarter of it."""
+    with torch.device("meta"):
+        big = TokenShuffleModel(checks.tokenizer(side), 1, depth=20, width=3072, heads=24)
+    shapes = released.shapes_of(big)
+    assert len(big.layout) == steps and big.layout.length == 4 * steps
+    assert shapes["narrow.0.weight"] == (768, 3072) and shapes["narrow.2.weight"] == (768, 768)
+    assert shapes["widen.0.weight"] == (3072, 768) and shapes["widen.2.weight"] == (3072, 3072)
+    for name in ("fuse.0", "fuse.1", "split.0", "split.1"):
+        mlp = released.linear(f"{name}.fc1", 3072, 3072) | released.linear(f"{name}.fc2", 3072, 3072)
+        assert {k: v for k, v in shapes.items() if k.startswith(f"{name}.fc")} == mlp
+    llama = released.llamagen(20, 3072, 8192, vocab=40, classes=1)
+    assert {k: v for k, v in shapes.items() if k in llama} == llama
 
 
 def test_pictures_and_what_does_not_fit() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import released
 from arimg import models, ops, reference
 from arimg.generators.loop import final_tokens, generate
 from arimg.nn.conditioning import Text
@@ -11,6 +12,7 @@ from arimg.nn.dual_quantizer import DualQuantizer
 from arimg.systems import find
 from arimg.systems.tokenflow import TOP_K, TokenFlow
 from arimg.systems.tokenizer import around
+from arimg.tokenizers import VQVAE
 from conftest import Backend
 
 SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
@@ -110,6 +112,28 @@ def test_the_same_seed_draws_the_same_tokens_on_every_backend(backend: Backend) 
         settings = {"guidance": 7.5, "top_k": min(top_k, 256), "top_p": 0.8, "position": 11}
         drawn = ops.sample(logits.to(backend.device), seed=seeds.to(backend.device), **settings)
         assert torch.equal(drawn.cpu(), reference.sample(logits, seed=seeds, **settings))
+
+
+@pytest.mark.parametrize(
+    ("sides", "tokens"),
+    [
+        ((1, 2, 4, 6, 8, 10, 12, 14, 16), 817),
+        ((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27), 2227),
+    ],
+)
+def test_shapes_at_full_size(sides: tuple[int, ...], tokens: int) -> None:
+    """A Llama-2 7B over 32,768 codes of 32 + 8 channels, at 256 and 384 px."""
+    with torch.device("meta"):
+        full = DualQuantizer(32768, 32, 8, [(s, s) for s in sides])
+        tokenizer = VQVAE(8, 40, 8, (1, 1), sides, blocks=1)
+        tokenizer.quantize = full  # type: ignore[assignment]
+        big = TokenFlow(tokenizer, 1, depth=32, width=4096, heads=32, tokens=77)
+    shapes = released.shapes_of(big)
+    assert big.layout.length == tokens and shapes["pos_embed"] == (1, tokens, 4096)
+    assert shapes["word_embed.weight"] == (4096, 40) and shapes["lvl_embed.weight"] == (len(sides), 4096)
+    assert shapes["head.weight"] == (32768, 4096) and shapes["text.table"] == (2, 77, 4096)
+    assert shapes["blocks.31.attn.mat_qkv.weight"] == (12288, 4096)
+    assert not any("cross" in name for name in shapes)
 
 
 def test_it_trains_and_refuses_what_does_not_fit() -> None:

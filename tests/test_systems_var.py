@@ -9,7 +9,18 @@ import released
 from arimg.generators.var import VarSession
 from arimg.systems.var import VarModel
 from arimg.tokenizers import VQVAE
-from system_checks import LABELS, check_rows_alone, check_ways, close, spread, tokens_of, turns_of
+from conftest import Backend
+from system_checks import (
+    LABELS,
+    check_draws,
+    check_learns,
+    check_rows_alone,
+    check_ways,
+    close,
+    spread,
+    tokens_of,
+    turns_of,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +73,13 @@ def test_earlier_levels_do_not_see_later_ones_and_with_a_full_mask_they_do(
 
 def test_rows_are_independent_and_repeat(model: VarModel) -> None:
     check_rows_alone(model)
+
+
+def test_the_same_draws_on_every_backend(backend: Backend, model: VarModel) -> None:
+    check_draws(turns_of(model, [1]), backend)
+
+
+def test_it_learns(model: VarModel) -> None:
+    torch.manual_seed(0)
+    fresh = VarModel(model.tokenizer, 2, depth=1, width=32, heads=2)
+    check_learns(fresh, torch.randint(40, (2, 30)), torch.tensor([0, 1]))
