@@ -196,6 +196,7 @@ SYSTEM = System(
     make,
     "The teacher is the bundled VAR, so the data must have its classes; pairs of noise and tokens come from "
     "the teacher with its guidance but without top-k and top-p; the noise or code embedding enters at the "
-    "input and not again in each block; squared error instead of a perceptual loss.",
+    "input and not again in each block, so released weights do not load; squared error instead of a "
+    "perceptual loss.",
     lr=5e-4,
 )

@@ -168,5 +168,7 @@ SYSTEM = System(
     tokenizer,
     make,
     deviations="next-scale and mask blocks are trained together instead of one after the other with a frozen"
-    " base; guidance is applied in refinement, where the released code has 1e-6 (released=True)",
+    " base; guidance rises linearly over the scales as in released code, by a formula that is assumed to be"
+    " VAR's, and is applied in refinement, too, where that code has 1e-6 (released=True); parameter names of"
+    " the mask blocks are this package's, as the code was not read, so released weights do not load",
 )

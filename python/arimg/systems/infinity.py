@@ -139,6 +139,7 @@ SYSTEM = System(
     tokenizer,
     make,
     "The caption is the class, as four learned states by cross-attention (states of a text encoder are taken "
-    "as they come); no AdaLN; 16 bits at 64 px, trained without the entropy loss; NSARM's network from "
+    "as they come); no AdaLN, and the first token is the mean of the text, not a pool by attention, so "
+    "released weights do not load; 16 bits at 64 px, trained without the entropy loss; NSARM's network from "
     "low-resolution pictures to the codes of the first scales is left out (`given` takes its bits).",
 )

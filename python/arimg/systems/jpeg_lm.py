@@ -117,7 +117,8 @@ SYSTEM = System(
     "the bytes of a JPEG scan with restart markers, drawn under the grammar of JPEG",
     lambda images, folder: None,
     make,
-    "Bytes without BPE, the constant header is no token, 32 px; the grammar makes every picture decodable, "
+    "Bytes without BPE (so released weights do not load), the constant header is no token, 32 px; the "
+    "grammar makes every picture decodable, "
     "which the published sampler's repair does not.",
     image_size=32,
     batch_size=16,

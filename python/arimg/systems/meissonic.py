@@ -195,6 +195,7 @@ SYSTEM = System(
     grid_tokenizer,
     make,
     deviations="the text is four learned vectors per class, and the numbers are one more input, in the same "
-    "blocks as the map (paper: 14 joint and 28 single blocks with AdaLN); convolutions that halve the map "
-    "are an option; the time is the hidden share in sampling, too (released: the number of the pass)",
+    "blocks as the map (paper: 14 joint and 28 single blocks with AdaLN), so released weights do not load; "
+    "convolutions that halve the map are an option; the time is the hidden share in sampling, too (released: "
+    "the number of the pass)",
 )

@@ -166,5 +166,6 @@ SYSTEM = System(
     tokenizer,
     make,
     deviations="the released code runs Mamba-2 over the whole prefix at each scale (carried=False); parameter"
-    " names inside a block are this package's, as the code has no licence",
+    " names inside a block are this package's, as the code has no licence, so released weights do not load;"
+    " formula and schedule of the guidance are assumed to be VAR's, with the published strength of 1.5",
 )

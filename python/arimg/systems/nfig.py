@@ -54,5 +54,5 @@ SYSTEM = System(
     make,
     deviations="bands are whole shells of equal radius, each non-empty, where the published rule leaves some"
     " without a frequency; no adversarial or perceptual loss and no DINOv2 encoder in the tokenizer; the"
-    " schedule of guidance is VAR's",
+    " formula and the schedule of guidance are assumed to be VAR's, with the published strength of 4.5",
 )
