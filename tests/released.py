@@ -73,6 +73,41 @@ def flexvar(depth: int, length: int = 680, grid: int = 32, vocab: int = 8912, **
     return {**shapes, "pos_1LC": (1, c, grid, grid), **constants}
 
 
+def star(
+    depth: int, *, c: int = 0, heads: int = 0, text: int = 1024, vocab: int = 4096, z: int = 32,
+    scales: int = 10,
+) -> Shapes:  # fmt: skip
+    """STAR with its refiner, and its constants."""
+    c, heads = c or 64 * depth, heads or depth
+    attention = {
+        "scale_mul_1H11": (1, heads, 1, 1), "q_bias": (c,), "v_bias": (c,), "zero_k_bias": (c,),
+        **linear("proj", c, c),
+    }  # fmt: skip
+    own = {**attention, "mat_qkv.weight": (3 * c, c)}
+    cross = {**attention, "mat_q.weight": (c, c), "mat_kv.weight": (2 * c, text)}
+    block = {
+        **{f"attn.{k}": v for k, v in own.items()},
+        **linear("ffn.fc1", 4 * c, c),
+        **linear("ffn.fc2", c, 4 * c),
+    }
+    return {
+        "pos_start": (1, 1, c),
+        "pos_start_last": (1, 1, c),
+        "class_emb.weight": (1001, c),
+        "lvl_embed.weight": (scales, c),
+        "lvl_embed_2.weight": (scales, c),
+        **linear("word_embed", c, z),
+        **linear("word_embed_head", c, z),
+        **linear("encoder_proj", c, text),
+        **linear("encoder_proj2", c, text),
+        **linear("head_proj", c, 2 * c),
+        **linear("head_logits", vocab, c),
+        **linear("head_logits2", vocab, c),
+        **layers("blocks", depth, block | {f"cross_attn.{k}": v for k, v in cross.items()}),
+        **layers("feat_extract_blocks", 3, block),
+    }
+
+
 def llamagen(depth: int, c: int, hidden: int, vocab: int = 16384, classes: int = 1000) -> Shapes:
     """c2i_*.pt"""
     layer: Shapes = {

@@ -73,12 +73,12 @@ class ScaleText(nn.Module):
             raise ValueError(f"expected a width that {heads} heads divide into multiples of 8, got {width}")
         self.layout, self.width, self.heads = layout, width, heads
         self.cross, self.class_dropout = cross, class_dropout
-        self.text = Conditioner(num_classes, tokens, width, text_width)
+        self.text = Conditioner(num_classes, tokens, width, text_width, raw=self.raw_text)
         self.word_embed = Linear(channels, width)
         self.pos_start = nn.Parameter(torch.randn(1, layout.sizes[0], width) * 0.02)
         self.lvl_embed = nn.Embedding(len(layout), width)
-        self.blocks = nn.ModuleList(ScaleBlock(width, heads, 4 * width, cross) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(self._block() for _ in range(depth))
+        self.norm = self._norm()
         self.head = Linear(width, outputs)
         self.pos_embed = nn.Parameter(torch.randn(1, layout.length, width) * 0.02) if not self.turns else None
         for table in (self.lvl_embed.weight, self.head.weight):
@@ -88,6 +88,14 @@ class ScaleText(nn.Module):
                 end.weight.data.div_(math.sqrt(2 * depth))
 
     turns = True  # positions are rotations
+    raw_text = False  # blocks see the states of the text as they are given
+
+    def _block(self) -> ScaleBlock:
+        return ScaleBlock(self.width, self.heads, 4 * self.width, self.cross)
+
+    def _norm(self) -> nn.Module:
+        """Before the head."""
+        return nn.LayerNorm(self.width)
 
     @property
     def layers(self) -> list[ScaleBlock]:

@@ -75,16 +75,17 @@ def count(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def translated(
-    state: Mapping[str, Tensor], names: Mapping[str, Theirs], what: str, without: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
+    state: Mapping[str, Tensor], names: Mapping[str, Theirs], what: str, without: tuple[str, ...] = (),
+    suffixes: tuple[str, ...] = (),
+) -> dict[str, Tensor]:  # fmt: skip
     """A state dict under other names. names: ours -> theirs, {} the number of a layer in both; where several
     of theirs are given, ours is all of them, one below the other.
 
-    without: beginnings of their names that have no counterpart. Raises ValueError for other such names and
-    for missing ones.
+    without, suffixes: beginnings and ends of their names that have no counterpart. Raises ValueError for
+    other such names and for missing ones.
     """
     out: dict[str, Tensor] = {}
-    left = {key for key in state if not key.startswith(without)}
+    left = {key for key in state if not key.startswith(without) and not key.endswith(suffixes)}
     for ours, theirs in names.items():
         parts = (theirs,) if isinstance(theirs, str) else theirs
         for n in range(count(state, parts[0].split("{}")[0]) if "{}" in ours else 1):

@@ -27,15 +27,24 @@ class Text(NamedTuple):
         kept = torch.where(there[..., None], self.states, 0.0)
         return kept.sum(1) / self.lengths[:, None].clamp(min=1)
 
+    @property
+    def last(self) -> Tensor:
+        """The last state of each row, [B, C]: of CLIP's states its summary of the text."""
+        return self.states[torch.arange(len(self.states), device=self.states.device), self.lengths.long() - 1]
+
 
 class Conditioner(nn.Module):
     """A condition as `Text` of `width` channels: class labels become `tokens` learned vectors each, given
     states are projected. Label -1 (or num_classes) is "nothing said", which has vectors of its own.
+
+    raw: states stay as they are, and what is projected is up to the model.
     """
 
-    def __init__(self, num_classes: int, tokens: int, width: int, text_width: int | None = None) -> None:
+    def __init__(
+        self, num_classes: int, tokens: int, width: int, text_width: int | None = None, raw: bool = False
+    ) -> None:
         super().__init__()
-        self.num_classes, self.tokens, self.width = num_classes, tokens, width
+        self.num_classes, self.tokens, self.width, self.raw = num_classes, tokens, width, raw
         self.text_width = text_width or width
         self.table = nn.Parameter(torch.randn(num_classes + 1, tokens, self.text_width) * 0.5)
         self.project = Linear(self.text_width, width)
@@ -55,10 +64,13 @@ class Conditioner(nn.Module):
                 )
             if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= states.shape[1]:
                 raise ValueError(f"expected lengths of 1..{states.shape[1]}, got {lengths.tolist()}")
-            return Text(self.project(states.to(self.table)), lengths.to(device, torch.int32))
+            return self._text(states.to(self.table), lengths.to(device, torch.int32))
         labels = self._labels(condition)
         full = torch.full((len(labels),), self.tokens, dtype=torch.int32, device=device)
-        return Text(self.project(self.table[labels]), full)
+        return self._text(self.table[labels], full)
+
+    def _text(self, states: Tensor, lengths: Tensor) -> Text:
+        return Text(states if self.raw else self.project(states), lengths)
 
     def beside_nothing(self, condition: Any) -> Text:
         """The rows of the condition, then as many with nothing said."""

@@ -1,9 +1,9 @@
 """STAR: scale-wise generation from a text, with stable sampling of the late scales (arXiv 2406.10797).
 
-VAR's tokenizer; the mean of the text is the first token, its states come by cross-attention in each block,
-without AdaLN; axial rotations whose scales all reach from 0 to 64. The tokens of a scale that VAR draws
-independently disagree with each other; from scale `refined_from` on, a refiner of three blocks looks at the
-backbone's features and at the tokens fixed so far, and fixes them in several passes, the first in random
+VAR's tokenizer; the last state of the text is the first token, all states come by cross-attention in each
+block, without AdaLN; axial rotations whose scales all reach from 0 to 64. The tokens of a scale that VAR
+draws independently disagree with each other; from scale `refined_from` on, a refiner of three blocks looks at
+the backbone's features and at the tokens fixed so far, and fixes them in several passes, the first in random
 order and then the most probable first. As published: 1024 x 1024 pixels (9,451 tokens in 14 scales) in 2.2 s
 on an A100.
 
@@ -13,7 +13,7 @@ all rows; here every row sees its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +24,17 @@ from torch import Tensor, nn
 from arimg.commit import ByRatio, Plan, arccosine
 from arimg.data.images import Images
 from arimg.generators.loop import ALWAYS, EachStep, Sampler, Session, Turn, generate
-from arimg.generators.scale_text import ScaleBlock, ScaleSession, ScaleText, masked
+from arimg.generators.scale_text import ScaleSession, ScaleText
+from arimg.generators.star_parts import NAMES, Refiner, StarBlock
 from arimg.guidance import BeyondConditional, Guidance, linear
-from arimg.layout import Layout, Visibility
-from arimg.nn.linear import Linear
+from arimg.layout import Layout
+from arimg.nn import checkpoint
+from arimg.nn.conditioning import Text
 from arimg.nn.rope import rope_normalised
 from arimg.reference.kv_cache import Rope
 from arimg.systems.base import Hidden, System, SystemModel
 from arimg.systems.tokenizer import scale_tokenizer
 from arimg.tokenizers import VQVAE
-
-
-class Refiner(nn.Module):
-    """Logits of a scale's tokens given the backbone's features and the tokens that are fixed.
-
-    A token sees its own scale and the first token of the picture (a sink, whose token is never told).
-    """
-
-    def __init__(self, channels: int, outputs: int, width: int, heads: int, depth: int) -> None:
-        super().__init__()
-        self.fixed, self.open = Linear(channels, width), nn.Parameter(torch.randn(width) * 0.02)
-        self.join = Linear(2 * width, width)
-        self.blocks = nn.ModuleList(ScaleBlock(width, heads, 4 * width, cross=False) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), Linear(width, outputs)
-        nn.init.normal_(self.head.weight, std=0.02)
-
-    def forward(
-        self, h: Tensor, codes: Tensor, final: Tensor, seen: Visibility, rope: Rope, at: Tensor
-    ) -> Tensor:
-        """h [B, L, C], codes [B, L, channels] of the tokens, of which final, bool [B, L], are fixed; at: rows
-        of the rope, int64 [1, L].
-        """
-        told = torch.where(final[..., None], self.fixed(codes.to(h.dtype)), self.open)
-        x = self.join(torch.cat((h, told), -1))
-        for block in self.blocks:
-            assert isinstance(block, ScaleBlock)
-
-            def attend(qkv: Tensor, block: ScaleBlock = block) -> Tensor:
-                return masked(block, qkv, seen, rope, at)
-
-            x = block(x, attend, _no_text)
-        out: Tensor = self.head(self.norm(x)).float()
-        return out
-
-
-def _no_text(*_: Any) -> Tensor:
-    raise AssertionError("a refiner has no cross-attention")
 
 
 class Star(ScaleText, SystemModel):
@@ -87,14 +52,58 @@ class Star(ScaleText, SystemModel):
         layout = Layout.scales(tokenizer.scales)
         if not 1 <= refined_from <= len(layout):
             raise ValueError(f"expected refined_from of 1..{len(layout)}, got {refined_from}")
-        if layout.sizes[0] != 1:
-            raise ValueError(f"expected a first scale of 1 token, the sink, got {layout.sizes[0]}")
         super().__init__(layout, tokenizer.z_channels, tokenizer.vocab_size, num_classes, **size)
         self.tokenizer, self.refined_from = tokenizer, refined_from
         self.plan = Plan(ByRatio(steps, arccosine), random_steps=random_steps)
         self.refiner = Refiner(
-            tokenizer.z_channels, tokenizer.vocab_size, self.width, self.heads, refiner_depth
-        )
+            tokenizer.z_channels, tokenizer.vocab_size, self.width, self.heads, refiner_depth, len(layout),
+            self.text.text_width,
+        )  # fmt: skip
+
+    raw_text = True
+
+    def _block(self) -> StarBlock:
+        return StarBlock(self.width, self.heads, self.text.text_width)
+
+    def _norm(self) -> nn.Module:
+        return nn.Identity()  # the refiner sees the features as they are
+
+    def scores(self, h: Tensor) -> Tensor:
+        """Logits of the backbone's own, from its features."""
+        logits: Tensor = self.head(F.layer_norm(h, h.shape[-1:], eps=1e-6)).float()
+        return logits
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], *, tokenizer: VQVAE, nothing: Tensor, **options: Any
+    ) -> Star:
+        """The model of released weights, in evaluation mode; sizes are read off them.
+
+        nothing: states [T, text width] of the empty text. A condition is then a `Text` of CLIP's states. The
+        scales are the tokenizer's; options: refined_from, 9 unless given, steps, random_steps.
+        """
+        ours = checkpoint.translated(state, NAMES, "STAR", ("class_emb.",), (".zero_k_bias",))
+        kv = checkpoint.tensor_of(ours, "blocks.0.cross.mat_kv.weight", 2, "STAR")
+        levels = len(checkpoint.tensor_of(ours, "lvl_embed.weight", 2, "STAR"))
+        if levels != len(tokenizer.scales):
+            raise ValueError(f"expected a tokenizer of {levels} scales, got {len(tokenizer.scales)}")
+        if nothing.dim() != 2 or nothing.shape[1] != kv.shape[1]:
+            raise ValueError(f"expected nothing [T, {kv.shape[1]}], got {list(nothing.shape)}")
+        ours["text.table"] = torch.stack((torch.zeros_like(nothing), nothing)).to(kv)
+        sizes = {
+            "depth": checkpoint.count(ours, "blocks."),
+            "width": len(kv) // 2,
+            "heads": ours["blocks.0.attn.scale_mul_1H11"].shape[1],
+            "refiner_depth": checkpoint.count(ours, "refiner.blocks."),
+            "refined_from": 9,
+            "text_width": kv.shape[1],
+            "tokens": len(nothing),
+        }
+        with torch.device("meta"):
+            model = cls(tokenizer, 1, **sizes | options)
+        model = model.to_empty(device="cpu").eval()
+        checkpoint.load_checked(model, ours, "STAR")
+        return model
 
     @property
     def commit(self) -> EachStep:
@@ -110,32 +119,42 @@ class Star(ScaleText, SystemModel):
 
     def forward(self, condition: Any, maps: Tensor) -> Tensor:
         """Teacher forcing of the backbone: labels or `Text`, maps [B, L - first, z] -> logits [B, L, V]."""
-        logits: Tensor = self.head(self.teacher_forced(condition, maps)).float()
-        return logits
+        return self.scores(self.teacher_forced(condition, maps))
 
-    def refine_all(self, h: Tensor, tokens: Tensor, final: Tensor) -> Tensor:
-        """Logits of the refiner for all scales side by side: h [B, L, C], tokens int64 [B, L], final bool."""
+    def first(self, text: Text) -> Tensor:
+        """The summary of the text."""
+        projected: Tensor = self.text.project(text.last)
+        return self.pos_start + projected[:, None]
+
+    def refine(
+        self, h: Tensor, tokens: Tensor, final: Tensor, summary: Tensor, scale: int, rope: Rope | None = None
+    ) -> Tensor:
+        """Logits of the refiner for one scale: h [B, n, C], tokens int64 [B, n], final bool [B, n]."""
         codes = self.tokenizer.quantize.embedding.weight.detach()[tokens]
-        final = final & (self.layout.level(h.device) > 0)
-        seen = self.layout.visibility("level-diagonal", sinks=1, device=h.device)
-        at = torch.arange(self.layout.length, device=h.device)[None]
-        out: Tensor = self.refiner(h, codes, final, seen, self.rope(), at)
-        return out
+        start, rope = self.layout.segments[scale][0], self.rope() if rope is None else rope
+        logits: Tensor = self.refiner(h, codes, final, summary, scale, rope, start)
+        return logits
 
     def loss(self, examples: Tensor, labels: Tensor) -> Tensor:
         """Of the backbone, plus that of the refiner on tokens that are not fixed. No gradient of the second
         reaches the backbone, as if it were frozen.
         """
-        maps = self.tokenizer.quantize.generator_input(examples.split(self.layout.sizes, 1))
-        h = self.teacher_forced(labels, maps)
-        loss = F.cross_entropy(self.head(h).float().flatten(0, 1), examples.flatten())
-        progress = torch.rand(len(examples), len(self.layout), device=h.device)
-        masked_share = (progress.arccos() * 2 / torch.pi)[:, self.layout.level(h.device)]
-        open_ = torch.rand(examples.shape, device=h.device) < masked_share
-        open_ = open_ & (self.layout.level(h.device) >= self.refined_from)
-        logits = self.refine_all(h.detach(), examples, ~open_)
-        each = F.cross_entropy(logits.flatten(0, 1), examples.flatten(), reduction="none").view_as(open_)
-        return loss + (each * open_).sum() / open_.sum().clamp(min=1)
+        scales = examples.split(self.layout.sizes, 1)
+        if self.training:
+            labels = self.text.drop(labels, self.class_dropout)
+        text = self.text(labels)
+        maps = self.tokenizer.quantize.generator_input(scales)
+        h = self.whole(torch.cat((self.first(text), self.embed(maps)), 1), text)
+        loss = F.cross_entropy(self.scores(h).flatten(0, 1), examples.flatten())
+        wrong, count = h.new_zeros(()), h.new_zeros(())
+        for k in range(self.refined_from, len(scales)):
+            start, end = self.layout.segments[k]
+            share = torch.rand(len(examples), 1, device=h.device).arccos() * 2 / torch.pi
+            open_ = torch.rand(len(examples), end - start, device=h.device) < share
+            logits = self.refine(h[:, start:end].detach(), scales[k], ~open_, text.last, k)
+            each = F.cross_entropy(logits.flatten(0, 1), scales[k].flatten(), reduction="none")
+            wrong, count = wrong + (each.view_as(open_) * open_).sum(), count + open_.sum()
+        return loss + wrong / count.clamp(min=1)
 
     def begin(self, condition: Any, guided: bool, **options: Any) -> StarSession:
         """options: cached; refined, False for the backbone's own logits in every scale."""
@@ -163,7 +182,6 @@ class StarSession(ScaleSession):
         super().__init__(model, condition, guided, **options)
         self.star, self.refined = model, refined
         self.f_hat = model.tokenizer.quantize.empty(self.rows)
-        self.turns_by = model.rope()
 
     def maps(self, turn: Turn) -> Tensor:
         return self.star.tokenizer.quantize.next_map(self.f_hat, turn.step)
@@ -171,28 +189,15 @@ class StarSession(ScaleSession):
     def logits(self, turn: Turn) -> Tensor:
         if turn.number == 0:
             self.h = self.features(turn)
-            if turn.step == 0:
-                self.sink = self.h[:, :1]
         if not self.refined or turn.step < self.star.refined_from:
-            return self.star.head(self.h).float()  # type: ignore[no-any-return]
-        return self._refine(turn)
-
-    def _refine(self, turn: Turn) -> Tensor:
-        n, device = turn.shape[0] * turn.shape[1], self.device
-        tokens = torch.zeros(self.rows, n, dtype=torch.int64, device=device)
-        final = torch.zeros(self.rows, n, dtype=torch.bool, device=device)
+            return self.star.scores(self.h)
+        tokens = torch.zeros(self.rows, self.h.shape[1], dtype=torch.int64, device=self.device)
+        final = torch.zeros_like(tokens, dtype=torch.bool)
         if turn.tokens is not None and turn.final is not None:
             tokens, final = turn.tokens, turn.final
-        tokens, final = (F.pad(t, (1, 0)) for t in (tokens, final))  # the sink in front
         times = len(self.h) // self.rows
-        codes = self.star.tokenizer.quantize.embedding.weight[tokens].repeat(times, 1, 1)
-        end = torch.full((n + 1,), n + 1, dtype=torch.int32, device=device)
-        end[0] = 1
-        seen = Visibility(torch.zeros_like(end), end, n + 1)
-        at = torch.cat((torch.zeros(1, dtype=torch.int64), turn.start + torch.arange(n)))[None].to(device)
-        h = torch.cat((self.sink, self.h), 1)
-        logits: Tensor = self.star.refiner(h, codes, final.repeat(times, 1), seen, self.turns_by, at)
-        return logits[:, 1:]
+        tokens, final = tokens.repeat(times, 1), final.repeat(times, 1)
+        return self.star.refine(self.h, tokens, final, self.text.last, turn.step, self.rope)
 
     def feed(self, turn: Turn) -> None:
         if not turn.done:
@@ -219,8 +224,9 @@ SYSTEM = System(
     "next-scale from a text by cross-attention; late scales are fixed token by token, most probable first",
     tokenizer,
     make,
-    "The caption is the class, as four learned states (states of a text encoder are taken as they come); the "
-    "refiner has two blocks, works on the last two of five scales and trains together with the backbone, to "
-    "which it sends no gradient; every row sees its own text, where the released code shows all rows that of "
-    "the first.",
+    "The caption is the class, as four learned states (states of a text encoder are taken as they come, the "
+    "last one as the summary); the refiner has two blocks, works on the last two of five scales and trains "
+    "together with the backbone, to which it sends no gradient; guidance rises over all scales (released: "
+    "full in refinement); every row sees its own text, where the released code shows all rows that of "
+    "the first. Released weights load with `Star.from_state_dict`.",
 )
