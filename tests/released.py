@@ -108,6 +108,40 @@ def star(
     }
 
 
+def infinity(
+    depth: int, c: int, heads: int, *, text: int = 2048, pool: int = 16, tokens: int = 512, bits: int = 32,
+    chunks: int = 8,
+) -> Shapes:  # fmt: skip
+    """infinity_2b_reg.pth: blocks in chunks of equal size; and its constants."""
+    block = {
+        "sa.scale_mul_1H11": (1, heads, 1, 1), "sa.mat_qkv.weight": (3 * c, c), "sa.q_bias": (c,),
+        "sa.v_bias": (c,), "sa.zero_k_bias": (c,), **linear("sa.proj", c, c), **linear("ca.mat_q", c, c),
+        "ca.mat_kv.weight": (2 * c, c), "ca.v_bias": (c,), "ca.zero_k_bias": (c,), **linear("ca.proj", c, c),
+        "ca_norm.weight": (c,), "ca_norm.bias": (c,), "ada_gss": (1, 1, 6, c),
+        **linear("ffn.fc1", 4 * c, c), **linear("ffn.fc2", c, 4 * c),
+    }  # fmt: skip
+    shapes = {
+        "cfg_uncond": (tokens, text),
+        "pos_start": (1, 1, c),
+        "text_norm.weight": (text,),
+        "text_proj_for_sos.ca.mat_q": (1, pool, c // pool),
+        "text_proj_for_sos.ca.mat_kv.weight": (2 * c, text),
+        "text_proj_for_sos.ca.v_bias": (c,),
+        "text_proj_for_sos.ca.zero_k_bias": (c,),
+        **linear("text_proj_for_sos.ca.proj", c, c),
+        **linear("text_proj_for_ca.0", c, text),
+        **linear("text_proj_for_ca.2", c, c),
+        "lvl_embed.weight": (15, c),
+        **linear("word_embed", c, bits),
+        **linear("shared_ada_lin.1", 6 * c, c),
+        **linear("head_nm.ada_lin.1", 2 * c, c),
+        **linear("head", 2 * bits, c),
+    }
+    for i in range(chunks):
+        shapes |= layers(f"block_chunks.{i}.module", depth // chunks, block)
+    return shapes
+
+
 def llamagen(depth: int, c: int, hidden: int, vocab: int = 16384, classes: int = 1000) -> Shapes:
     """c2i_*.pt"""
     layer: Shapes = {

@@ -1,18 +1,26 @@
 """Infinity: bits in a pyramid, two logits per bit, self-correction."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import released
 from arimg import models, ops
+from arimg.generators.infinity_parts import NAMES, without_chunks
 from arimg.generators.loop import Sampler, final_tokens, generate
 from arimg.guidance import Guidance
+from arimg.nn import checkpoint
 from arimg.nn.conditioning import Text
+from arimg.nn.rope import rope_scales
 from arimg.nn.sign_quantizer import SignQuantizer
 from arimg.systems import find
 from arimg.systems.infinity import Infinity
 from arimg.systems.tokenizer import around
 from conftest import Backend
+from system_checks import close
 
 SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
 
@@ -26,7 +34,8 @@ def model() -> Infinity:
 
 
 def maps_of(model: Infinity, tokens: list[Tensor]) -> Tensor:
-    f_hat, maps = torch.zeros(len(tokens[0]), 16, 8, 8), []
+    quantizer = model.quantizer
+    f_hat, maps = torch.zeros(len(tokens[0]), quantizer.channels, *quantizer.scales[-1]), []
     for k, bits in enumerate(tokens[:-1]):
         ops.accumulate_(f_hat, model.quantizer.code_map(bits, k).contiguous(), up="bilinear")
         maps.append(model.quantizer.next_map(f_hat, k + 1))
@@ -119,16 +128,108 @@ def test_it_trains_with_flipped_bits() -> None:
     assert all(p.grad is not None for p in model.parameters())  # the tokenizer's are not among them
 
 
-def test_full_size_shapes_and_the_head_of_two_logits_per_bit() -> None:
-    tokenizer = around(SignQuantizer(16, SCALES))
+SIDES_1M = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+def test_names_and_shapes_are_the_released_ones() -> None:
+    tokenizer = around(SignQuantizer(32, [(s, s) for s in SIDES_1M]))
     with torch.device("meta"):
-        model = Infinity(tokenizer, 1, depth=32, width=2048, heads=16, text_width=2048)
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    assert shapes["head.weight"] == (2 * 16, 2048)  # not 2^16
-    assert shapes["text.project.weight"] == (2048, 2048)
-    assert shapes["blocks.31.cross.to_kv.weight"] == (4096, 2048)
-    assert shapes["blocks.31.attn.scale_mul_1H11"] == (1, 16, 1, 1)
-    assert shapes["word_embed.weight"] == (2048, 16)
+        theirs = {k: torch.empty(v) for k, v in released.infinity(32, 2048, 16).items()}
+        full = Infinity(tokenizer, 1, depth=32, width=2048, heads=16, text_width=2048, tokens=512)
+    state = checkpoint.translated(
+        without_chunks(theirs), NAMES, "Infinity", ("cfg_uncond",), (".zero_k_bias",)
+    )
+    ours = released.shapes_of(full)
+    assert ours.pop("text.table") == (2, 512, 2048)
+    ours["lvl_embed.weight"] = (15, 2048)  # of which 13 scales are used
+    assert ours == {k: tuple(v.shape) for k, v in state.items()} and full.layout.length == 10521
+    assert ours["head.weight"] == (2 * 32, 2048)  # not 2^32
+
+
+class Plain:
+    """The network by the names of its released weights, for one text of states [T, C]."""
+
+    def __init__(self, w: dict[str, Tensor], states: Tensor, scales: tuple[tuple[int, int], ...]) -> None:
+        self.w, rope = w, rope_scales(scales, w["pos_start"].shape[-1] // 2)
+        self.turn, self.sizes = torch.complex(rope.cos, rope.sin), [h * w for h, w in scales]
+        rms = states.square().mean(-1, keepdim=True)
+        self.states = states * (rms + 1e-6).rsqrt() * w["text_norm.weight"]
+
+    def affine(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Of queries and keys [H, n, D]."""
+        scores = q @ k.mT if seen is None else (q @ k.mT).masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+    def heads(self, *parts: Tensor) -> list[Tensor]:
+        return [t.unflatten(-1, (2, -1)).transpose(0, 1) for t in parts]
+
+    def cross(self, q: Tensor, states: Tensor, name: str) -> Tensor:
+        k, v = (states @ self.w[f"{name}.mat_kv.weight"].T).chunk(2, -1)
+        k, v = self.heads(k, v + self.w[f"{name}.v_bias"])
+        return self.affine(self.attend(q * q.shape[-1] ** -0.5, k, v), f"{name}.proj")
+
+    def own(self, x: Tensor, name: str, seen: Tensor) -> Tensor:
+        q, k, v = (x @ self.w[f"{name}.mat_qkv.weight"].T).chunk(3, -1)
+        q, k, v = self.heads(q + self.w[f"{name}.q_bias"], k, v + self.w[f"{name}.v_bias"])
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q = q * self.w[f"{name}.scale_mul_1H11"][0].clamp_max(math.log(100)).exp()
+        q, k = (torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) * self.turn for t in (q, k))
+        q, k = (torch.view_as_real(t).flatten(-2) for t in (q, k))
+        return self.affine(self.attend(q, k, v, seen), f"{name}.proj")
+
+    def logits(self, maps: Tensor) -> Tensor:
+        level = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        pool = self.w["text_proj_for_sos.ca.mat_q"].transpose(0, 1)
+        summary = self.cross(pool, self.states, "text_proj_for_sos.ca")
+        told = F.gelu(self.affine(self.states, "text_proj_for_ca.0"), approximate="tanh")
+        told = self.affine(told, "text_proj_for_ca.2")
+        six = self.affine(F.silu(summary), "shared_ada_lin.1").view(6, -1)
+        x = torch.cat((summary + self.w["pos_start"][0], self.affine(maps, "word_embed")))
+        x = x + self.w["lvl_embed.weight"][level]
+        for name in ("block_chunks.0.module.0", "block_chunks.0.module.1", "block_chunks.1.module.0",
+                     "block_chunks.1.module.1"):  # fmt: skip
+            gate1, gate2, scale1, scale2, shift1, shift2 = self.w[f"{name}.ada_gss"][0, 0] + six
+            x = x + gate1 * self.own(norm(x) * (1 + scale1) + shift1, f"{name}.sa", level[:, None] >= level)
+            n = norm(x) * self.w[f"{name}.ca_norm.weight"] + self.w[f"{name}.ca_norm.bias"]
+            x = x + self.cross(self.heads(self.affine(n, f"{name}.ca.mat_q"))[0], told, f"{name}.ca")
+            hidden = self.affine(norm(x) * (1 + scale2) + shift2, f"{name}.ffn.fc1")
+            x = x + gate2 * self.affine(F.gelu(hidden, approximate="tanh"), f"{name}.ffn.fc2")
+        scale, shift = self.affine(F.silu(summary), "head_nm.ada_lin.1").view(2, -1)
+        return self.affine(norm(x) * (1 + scale) + shift, "head").unflatten(-1, (-1, 2))
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def test_a_released_state_dict_gives_the_network_of_its_authors() -> None:
+    scales = ((1, 1), (2, 2), (3, 3))
+    shapes = released.infinity(4, 32, 2, text=24, pool=2, tokens=6, bits=4, chunks=2)
+    state = released.random_state(shapes, 0.4)
+    for name in [n for n in state if n.endswith("zero_k_bias")]:
+        state[name].zero_()
+    tokenizer = around(SignQuantizer(4, scales))
+    saved = {k: v.transpose(1, 2) if k.endswith("scale_mul_1H11") else v for k, v in state.items()}
+    model = Infinity.from_state_dict(saved, tokenizer=tokenizer)  # scales as flash attention takes them
+    assert (len(model.layers), model.heads, model.pool.mat_q.shape[1], model.text.tokens) == (4, 2, 2, 6)
+    states, maps = torch.randn(2, 5, 24), torch.randn(2, 13, 4)
+    text = Text(states, torch.tensor([5, 3], dtype=torch.int32))
+    with torch.no_grad():
+        got = model(text, maps)
+        for row, length in ((0, 5), (1, 3)):
+            expected = Plain(state, states[row, :length], scales).logits(maps[row])
+            assert close(got[row], expected, 1e-4)
+    # without a text: as many states of "nothing" as the text beside them has
+    turns = list(generate(model, text, seed=1))
+    nothing = Plain(state, state["cfg_uncond"][:3], scales)
+    given = torch.cat([t.drawn for t in turns], 1)
+    forced = nothing.logits(maps_of(model, [t.drawn for t in turns])[1])
+    assert given.shape == (2, 14, 4) and close(torch.cat([t.logits[3] for t in turns]), forced, 1e-3)
+    with pytest.raises(ValueError, match="expected the state dict of a Infinity, got one without 'cfg_unc"):
+        Infinity.from_state_dict({k: v for k, v in state.items() if k != "cfg_uncond"}, tokenizer=tokenizer)
 
 
 def test_what_does_not_fit_is_refused(model: Infinity) -> None:
@@ -140,6 +241,6 @@ def test_what_does_not_fit_is_refused(model: Infinity) -> None:
         next(generate(model, Text(torch.zeros(1, 2, 64), torch.tensor([3]))))
     with pytest.raises(ValueError, match=r"expected maps \[B, 102, 16\]"):
         model(torch.tensor([0]), torch.zeros(1, 3, 16))
-    with pytest.raises(ValueError, match="expected 1 to 16 channels, got 40"):
-        SignQuantizer(40, SCALES)
+    with pytest.raises(ValueError, match="expected 1 to 62 channels, got 63"):
+        SignQuantizer(63, SCALES)
     assert find("infinity").name == "infinity" and Guidance(3.0).scale(0, 5) == 3.0

@@ -23,7 +23,6 @@ from arimg.nn.conditioning import Conditioner, CrossAttention, Text
 from arimg.nn.linear import Linear
 from arimg.reference.kv_cache import Rope, rotate, split_qk_norm
 
-Keys = list[tuple[Tensor, Tensor]]
 Attend = Callable[[int, Tensor], Tensor]
 
 
@@ -73,7 +72,9 @@ class ScaleText(nn.Module):
             raise ValueError(f"expected a width that {heads} heads divide into multiples of 8, got {width}")
         self.layout, self.width, self.heads = layout, width, heads
         self.cross, self.class_dropout = cross, class_dropout
-        self.text = Conditioner(num_classes, tokens, width, text_width, raw=self.raw_text)
+        self.text = Conditioner(
+            num_classes, tokens, width, text_width, raw=self.raw_text, as_long=self.nothing_as_long
+        )
         self.word_embed = Linear(channels, width)
         self.pos_start = nn.Parameter(torch.randn(1, layout.sizes[0], width) * 0.02)
         self.lvl_embed = nn.Embedding(len(layout), width)
@@ -88,7 +89,8 @@ class ScaleText(nn.Module):
                 end.weight.data.div_(math.sqrt(2 * depth))
 
     turns = True  # positions are rotations
-    raw_text = False  # blocks see the states of the text as they are given
+    raw_text = False  # the states of the text are not projected before the model sees them
+    nothing_as_long = False  # unconditional rows have as many states as the text beside them
 
     def _block(self) -> ScaleBlock:
         return ScaleBlock(self.width, self.heads, 4 * self.width, self.cross)
@@ -110,7 +112,11 @@ class ScaleText(nn.Module):
         level = self.lvl_embed(self.layout.level(self.lvl_embed.weight.device))[None]
         return level if self.pos_embed is None else level + self.pos_embed
 
-    def first(self, text: Text) -> Tensor:
+    def told(self, text: Text) -> Any:
+        """What the blocks need of a text, once for a generation: keys and values of each."""
+        return [block.cross.keys(text) for block in self.layers if block.cross is not None]
+
+    def first(self, text: Text, told: Any) -> Tensor:
         """The input of the first scale, [B, n, C]."""
         if self.cross:
             return self.pos_start + text.pooled[:, None]
@@ -121,22 +127,18 @@ class ScaleText(nn.Module):
         out: Tensor = self.word_embed(maps.to(self.word_embed.weight.dtype))
         return out
 
-    def features(self, x: Tensor, text: Text, keys: Keys, attend: Attend) -> Tensor:
+    def features(self, x: Tensor, text: Text, told: Any, attend: Attend) -> Tensor:
         """The blocks and the last norm, [B, L, C]."""
 
         def look(i: int) -> Callable[[CrossAttention, Tensor], Tensor]:
-            return lambda cross, h: cross(h, *keys[i], text.lengths)
+            return lambda cross, h: cross(h, *told[i], text.lengths)
 
         for i, block in enumerate(self.layers):
             x = block(x, lambda qkv, i=i: attend(i, qkv), look(i))
         out: Tensor = self.norm(x)
         return out
 
-    def keys(self, text: Text) -> Keys:
-        """Keys and values of the text for each block."""
-        return [block.cross.keys(text) for block in self.layers if block.cross is not None]
-
-    def whole(self, x: Tensor, text: Text, scales: int | None = None) -> Tensor:
+    def whole(self, x: Tensor, text: Text, told: Any, scales: int | None = None) -> Tensor:
         """Features of the first scales (all of them), from their inputs x [B, L, C], without a cache."""
         layout = Layout(self.layout.shapes[:scales])
         prefix = 0 if self.cross else text.states.shape[1]
@@ -149,7 +151,12 @@ class ScaleText(nn.Module):
         def attend(i: int, qkv: Tensor) -> Tensor:
             return masked(self.layers[i], qkv, seen, rope, at)
 
-        return self.features(x, text, self.keys(text), attend)[:, prefix:]
+        return self.features(x, text, told, attend)[:, prefix:]
+
+    def taught(self, text: Text, maps: Tensor) -> Tensor:
+        """Features of all scales from what each but the first sees of those before."""
+        told = self.told(text)
+        return self.whole(torch.cat((self.first(text, told), self.embed(maps)), 1), text, told)
 
     def teacher_forced(self, condition: Any, maps: Tensor) -> Tensor:
         """Features [B, L, C]. condition: labels or `Text`; maps [B, L - first, channels]: what each scale but
@@ -165,7 +172,7 @@ class ScaleText(nn.Module):
         if self.training and isinstance(condition, Tensor):
             condition = self.text.drop(condition, self.class_dropout)
         text = self.text(condition)
-        return self.whole(torch.cat((self.first(text), self.embed(maps)), 1), text)
+        return self.taught(text, maps)
 
 
 class ScaleSession(Session):
@@ -180,7 +187,7 @@ class ScaleSession(Session):
         self.rows, self.guided = model.text.rows(condition), guided
         self.text = model.text.beside_nothing(condition) if guided else model.text(condition)
         self.device = self.text.states.device
-        self.keys, self.positions, self.rope = model.keys(self.text), model.positions(), model.rope()
+        self.told, self.positions, self.rope = model.told(self.text), model.positions(), model.rope()
         self.inputs: list[Tensor] = []
         if not cached:
             return
@@ -191,7 +198,7 @@ class ScaleSession(Session):
         self.q_scales = [block.attn.q_scale() for block in model.layers]
         self.caches = [KVCache(*shape, self.text.states.dtype, self.device) for _ in model.layers]
         if prefix:
-            model.features(self.text.states, self.text, self.keys, self._attend_causal)
+            model.features(self.text.states, self.text, self.told, self._attend_causal)
 
     @abstractmethod
     def maps(self, turn: Turn) -> Tensor:
@@ -201,16 +208,17 @@ class ScaleSession(Session):
         """The backbone's output for the scale of this pass, [B or 2B, n, C]."""
         start, end = self.layout.segments[turn.step]
         if turn.step == 0 and turn.number == 0:
-            x = self.model.first(self.text)
+            x = self.model.first(self.text, self.told)
         else:
             x = self.model.embed(self.maps(turn))
             x = x.repeat(2, 1, 1) if self.guided else x
         self.again = turn.number > 0
         if self.cached:
             x = x + self.positions[:, start:end]
-            return self.model.features(x, self.text, self.keys, self._attend)
+            return self.model.features(x, self.text, self.told, self._attend)
         self.inputs[turn.step :] = [x]
-        return self.model.whole(torch.cat(self.inputs, 1), self.text, turn.step + 1)[:, start:]
+        whole = torch.cat(self.inputs, 1)
+        return self.model.whole(whole, self.text, self.told, turn.step + 1)[:, start:]
 
     def _attend(self, i: int, qkv: Tensor) -> Tensor:
         cache = self.caches[i]

@@ -37,14 +37,17 @@ class Conditioner(nn.Module):
     """A condition as `Text` of `width` channels: class labels become `tokens` learned vectors each, given
     states are projected. Label -1 (or num_classes) is "nothing said", which has vectors of its own.
 
-    raw: states stay as they are, and what is projected is up to the model.
+    raw: states stay as they are, and what is projected is up to the model. as_long: of the vectors of
+    "nothing said" there are as many as of the text that they stand beside.
     """
 
     def __init__(
-        self, num_classes: int, tokens: int, width: int, text_width: int | None = None, raw: bool = False
-    ) -> None:
+        self, num_classes: int, tokens: int, width: int, text_width: int | None = None, *, raw: bool = False,
+        as_long: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.num_classes, self.tokens, self.width, self.raw = num_classes, tokens, width, raw
+        self.num_classes, self.tokens, self.width = num_classes, tokens, width
+        self.raw, self.as_long = raw, as_long
         self.text_width = text_width or width
         self.table = nn.Parameter(torch.randn(num_classes + 1, tokens, self.text_width) * 0.5)
         self.project = Linear(self.text_width, width)
@@ -76,6 +79,8 @@ class Conditioner(nn.Module):
         """The rows of the condition, then as many with nothing said."""
         said = self(condition)
         nothing = self(torch.full((len(said.states),), -1, device=self.table.device))
+        if self.as_long:
+            nothing = Text(nothing.states, torch.minimum(said.lengths, nothing.lengths))
         longest = max(said.states.shape[1], self.tokens)
         states = [
             nn.functional.pad(t.states, (0, 0, 0, longest - t.states.shape[1])) for t in (said, nothing)

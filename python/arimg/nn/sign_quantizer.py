@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.nn.scale_quantizer import QuantizerOutput, Scales
 
-_LARGEST_LISTED = 16  # bits up to which usage of codes can be counted
+MOST_BITS = 62  # of an index
 
 
 class SignQuantizer(nn.Module):
@@ -19,8 +19,8 @@ class SignQuantizer(nn.Module):
 
     def __init__(self, channels: int, scales: Scales, beta: float = 0.25) -> None:
         super().__init__()
-        if not 1 <= channels <= _LARGEST_LISTED:
-            raise ValueError(f"expected 1 to {_LARGEST_LISTED} channels, got {channels}")
+        if not 1 <= channels <= MOST_BITS:
+            raise ValueError(f"expected 1 to {MOST_BITS} channels, got {channels}")
         self.channels, self.scales, self.beta = channels, scales, beta
         self.vocab_size, self.value = 2**channels, channels**-0.5
 

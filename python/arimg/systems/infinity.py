@@ -8,20 +8,25 @@ bits of what is then left over: the network corrects its own mistakes. As publis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from arimg import ops
 from arimg.data.images import Images
+from arimg.generators.infinity_parts import EPS, NAMES, InfinityBlock, Pool, Told, without_chunks
 from arimg.generators.loop import Sampler, Session, Turn, generate
-from arimg.generators.scale_text import ScaleSession, ScaleText
+from arimg.generators.scale_text import Attend, ScaleSession, ScaleText
 from arimg.guidance import Guidance
 from arimg.layout import Layout
+from arimg.nn import checkpoint
+from arimg.nn.adaln import AdaLNBeforeHead, Modulation
+from arimg.nn.conditioning import CrossAttention, Text
+from arimg.nn.linear import Linear
 from arimg.nn.rope import rope_scales
 from arimg.nn.sign_quantizer import SignQuantizer
 from arimg.reference.kv_cache import Rope
@@ -33,19 +38,92 @@ from arimg.tokenizers import VQVAE
 class Infinity(ScaleText, SystemModel):
     """Examples are features [B, d, H, W], whose bits are taken anew at every step, some of them flipped.
 
-    flips: the largest share of bits that are flipped (0 switches self-correction off).
+    flips: the largest share of bits that are flipped (0 switches self-correction off). pool_heads: of the
+    attention that makes one vector of the text, which is the first token and modulates the blocks.
     """
 
     tokenizer = Hidden()
     sampler = Sampler(Guidance(3.0), temperature=0.5, top_p=0.97)
 
-    def __init__(self, tokenizer: VQVAE, num_classes: int, *, flips: float = 0.3, **size: Any) -> None:
+    def __init__(
+        self, tokenizer: VQVAE, num_classes: int, *, flips: float = 0.3, pool_heads: int | None = None,
+        **size: Any,
+    ) -> None:  # fmt: skip
         if not isinstance(tokenizer.quantize, SignQuantizer):
             kind = type(tokenizer.quantize).__name__
             raise ValueError(f"expected a tokenizer with a SignQuantizer, got one with a {kind}")
         bits = tokenizer.quantize.channels
         super().__init__(Layout.scales(tokenizer.scales), bits, 2 * bits, num_classes, **size)
         self.tokenizer, self.bits, self.flips = tokenizer, bits, flips
+        text_width, width = self.text.text_width, self.width
+        self.text_norm = nn.RMSNorm(text_width, eps=EPS)
+        self.pool = Pool(text_width, width, pool_heads or self.heads)
+        self.text.project = nn.Sequential(  # type: ignore[assignment]
+            Linear(text_width, width), nn.GELU("tanh"), Linear(width, width)
+        )
+        self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
+        self.head_nm = AdaLNBeforeHead(width)
+
+    raw_text = nothing_as_long = True
+
+    def _block(self) -> InfinityBlock:
+        return InfinityBlock(self.width, self.heads)
+
+    def _norm(self) -> nn.Module:
+        return nn.Identity()  # that before the head is modulated
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], *, tokenizer: VQVAE, **options: Any) -> Infinity:
+        """The model of released weights, in evaluation mode; sizes are read off them.
+
+        A condition is then a `Text` of the states of T5. The weights know more scales than are used: the
+        scales are the tokenizer's.
+        """
+        theirs = without_chunks(state)
+        nothing = checkpoint.tensor_of(theirs, "cfg_uncond", 2, "Infinity")
+        ours = checkpoint.translated(theirs, NAMES, "Infinity", ("cfg_uncond",), (".zero_k_bias",))
+        levels = len(tokenizer.scales)
+        ours["lvl_embed.weight"] = ours["lvl_embed.weight"][:levels]
+        ours["text.table"] = torch.stack((torch.zeros_like(nothing), nothing))
+        for name in [n for n in ours if n.endswith("scale_mul_1H11")]:
+            ours[name] = ours[name].reshape(1, -1, 1, 1)
+        sizes = {
+            "depth": checkpoint.count(ours, "blocks."),
+            "width": len(ours["word_embed.weight"]),
+            "heads": ours["blocks.0.attn.scale_mul_1H11"].shape[1],
+            "pool_heads": ours["pool.mat_q"].shape[1],
+            "text_width": nothing.shape[1],
+            "tokens": len(nothing),
+        }
+        with torch.device("meta"):
+            model = cls(tokenizer, 1, **sizes | options)
+        model = model.to_empty(device="cpu").eval()
+        checkpoint.load_checked(model, ours, "Infinity")
+        return model
+
+    def told(self, text: Text) -> Told:
+        normed = Text(self.text_norm(text.states), text.lengths)
+        summary = self.pool(normed)
+        seen = Text(self.text.project(normed.states), text.lengths)
+        six = self.shared_ada_lin(summary).unflatten(-1, (1, 6, -1))
+        blocks = cast("list[InfinityBlock]", self.layers)
+        keys = [cast(CrossAttention, block.cross).keys(seen) for block in blocks]
+        modulations = [Modulation(*(block.ada_gss + six).unbind(2)) for block in blocks]
+        return Told(summary, keys, modulations, self.head_nm.modulation(summary))
+
+    def first(self, text: Text, told: Told) -> Tensor:
+        return self.pos_start + told.summary[:, None]
+
+    def features(self, x: Tensor, text: Text, told: Told, attend: Attend) -> Tensor:
+        for i, block in enumerate(cast("list[InfinityBlock]", self.layers)):
+            m = Modulation(*(t.to(x.dtype) for t in told.blocks[i]))
+
+            def look(cross: CrossAttention, h: Tensor, i: int = i) -> Tensor:
+                return cross(h, *told.keys[i], text.lengths)  # type: ignore[no-any-return]
+
+            x = block.modulated(x, m, lambda qkv, i=i: attend(i, qkv), look)  # type: ignore[misc]
+        scale, shift = (t.to(x.dtype) for t in told.head)
+        return ops.norm_modulate(x, scale, shift, eps=EPS)
 
     @property
     def quantizer(self) -> SignQuantizer:
@@ -139,7 +217,7 @@ SYSTEM = System(
     tokenizer,
     make,
     "The caption is the class, as four learned states by cross-attention (states of a text encoder are taken "
-    "as they come); no AdaLN, and the first token is the mean of the text, not a pool by attention, so "
-    "released weights do not load; 16 bits at 64 px, trained without the entropy loss; NSARM's network from "
-    "low-resolution pictures to the codes of the first scales is left out (`given` takes its bits).",
+    "as they come); 16 bits at 64 px, trained without the entropy loss; NSARM's network from "
+    "low-resolution pictures to the codes of the first scales is left out (`given` takes its bits). "
+    "Released weights load with `Infinity.from_state_dict`.",
 )

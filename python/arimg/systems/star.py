@@ -121,7 +121,7 @@ class Star(ScaleText, SystemModel):
         """Teacher forcing of the backbone: labels or `Text`, maps [B, L - first, z] -> logits [B, L, V]."""
         return self.scores(self.teacher_forced(condition, maps))
 
-    def first(self, text: Text) -> Tensor:
+    def first(self, text: Text, told: Any) -> Tensor:
         """The summary of the text."""
         projected: Tensor = self.text.project(text.last)
         return self.pos_start + projected[:, None]
@@ -144,7 +144,7 @@ class Star(ScaleText, SystemModel):
             labels = self.text.drop(labels, self.class_dropout)
         text = self.text(labels)
         maps = self.tokenizer.quantize.generator_input(scales)
-        h = self.whole(torch.cat((self.first(text), self.embed(maps)), 1), text)
+        h = self.taught(text, maps)
         loss = F.cross_entropy(self.scores(h).flatten(0, 1), examples.flatten())
         wrong, count = h.new_zeros(()), h.new_zeros(())
         for k in range(self.refined_from, len(scales)):

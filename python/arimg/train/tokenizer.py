@@ -75,6 +75,8 @@ class _Usage(nn.Module):
 
     def __init__(self, codes: int) -> None:
         super().__init__()
+        if codes > 2**24:
+            raise ValueError(f"expected at most 2^24 codes, whose usage is counted, got {codes}")
         self.register_buffer("used", torch.zeros(codes, dtype=torch.uint8))
 
     def add(self, tokens: list[Tensor]) -> None:
