@@ -142,6 +142,55 @@ def infinity(
     return shapes
 
 
+def meissonic(
+    joint: int, single: int, c: int, head_dim: int, *, text: int = 1024, rows: int = 8256, vocab: int = 8192,
+    compress: bool = True,
+) -> Shapes:  # fmt: skip
+    """The transformer of Meissonic."""
+    norms = {f"attn.{n}.weight": (head_dim,) for n in ("norm_q", "norm_k")}
+    added = {f"attn.{n}.weight": (head_dim,) for n in ("norm_added_q", "norm_added_k")}
+    both: Shapes = {**norms, **added}
+    for suffix in ("", "_context"):
+        both |= linear(f"norm1{suffix}.linear", 6 * c, c)
+        both |= linear(f"ff{suffix}.net.0.proj", 4 * c, c) | linear(f"ff{suffix}.net.2", c, 4 * c)
+    to = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    for name in to:
+        both |= linear(f"attn.{name}", c, c)
+    one: Shapes = {**norms, **linear("norm.linear", 3 * c, c), **linear("proj_mlp", 4 * c, c)}
+    one |= linear("proj_out", c, 5 * c)
+    for name in to[:3]:
+        one |= linear(f"attn.{name}", c, c)
+    samples = {
+        f"{block}.{part}.weight": shape
+        for block in ("down_block.downsample", "up_block.upsample")
+        for part, shape in (("norm", (c,)), ("conv", (c, c, 2, 2)))
+    }
+    time = "time_text_embed"
+    return {
+        **linear("context_embedder", c, text),
+        **linear(f"{time}.timestep_embedder.linear_1", c, 256),
+        **linear(f"{time}.timestep_embedder.linear_2", c, c),
+        **linear(f"{time}.text_embedder.linear_1", c, c),
+        **linear(f"{time}.text_embedder.linear_2", c, c),
+        "cond_embed.linear_1.weight": (c, 1280 + text),
+        "cond_embed.linear_2.weight": (c, c),
+        "encoder_proj_layer_norm.weight": (c,),
+        "embed.embeddings.weight": (rows, c),
+        "embed.layer_norm.weight": (c,),
+        "embed.conv.weight": (c, c, 1, 1),
+        "project_to_hidden_norm.weight": (c,),
+        "project_to_hidden.weight": (c, c),
+        "project_from_hidden_norm.weight": (c,),
+        "project_from_hidden.weight": (c, c),
+        "mlm_layer.conv1.weight": (c, c, 1, 1),
+        "mlm_layer.layer_norm.weight": (c,),
+        "mlm_layer.conv2.weight": (vocab, c, 1, 1),
+        **(samples if compress else {}),
+        **layers("transformer_blocks", joint, both),
+        **layers("single_transformer_blocks", single, one),
+    }
+
+
 def llamagen(depth: int, c: int, hidden: int, vocab: int = 16384, classes: int = 1000) -> Shapes:
     """c2i_*.pt"""
     layer: Shapes = {

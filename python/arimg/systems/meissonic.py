@@ -10,7 +10,7 @@ mismatch that `released_timestep` gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg.commit import ByCounts, ByRatio, LinearNoise, Plan
-from arimg.generators.llamagen import Decoder, LlamaGen
 from arimg.generators.loop import EachStep, Sampler, Session, Turn, generate
+from arimg.generators.meissonic_parts import (
+    COMPRESS,
+    EPS,
+    NAMES,
+    JointBlock,
+    SingleBlock,
+    as_matrices,
+    mlp,
+    waves,
+)  # fmt: skip
 from arimg.guidance import Guidance
 from arimg.layout import Layout
+from arimg.nn import checkpoint
 from arimg.nn.conditioning import Conditioner, Text
+from arimg.nn.linear import Linear
 from arimg.nn.rope import rope_axes
 from arimg.reference.kv_cache import Rope
 from arimg.systems.base import Hidden, System, SystemModel
@@ -38,27 +49,83 @@ def hidden_share(t: Tensor) -> Tensor:
     return torch.cos(math.pi / 2 * t)
 
 
-class MeissonicModel(LlamaGen, SystemModel):
-    """Full attention over text, one token of numbers, and the map. compress: 2 x 2 tokens are one input."""
+class MeissonicModel(SystemModel):
+    """Full attention over text and map: joint blocks, then single ones. compress: 2 x 2 tokens are one input.
+
+    A text is its states, all of which count, and behind them the vector that sums it up: text_tokens + 1. The
+    sum, the micro-conditions and the time make the vector that modulates the blocks.
+    """
 
     tokenizer = Hidden()
     sampler = Sampler(Guidance(4.0))
 
     def __init__(
         self, tokenizer: VQVAE, num_classes: int, steps: int = 16, text_tokens: int = 4,
-        compress: bool = False, **size: Any,
+        compress: bool = False, *, joint: int = 2, single: int = 4, width: int = 192, heads: int = 3,
+        text_width: int | None = None, class_dropout: float = 0.1,
     ) -> None:  # fmt: skip
-        self.mask, self.text_tokens, self.compress = tokenizer.vocab_size, text_tokens, compress
-        super().__init__(tokenizer.vocab_size + 1, num_classes, grid=tokenizer.scales[-1][0], **size)
-        self.tokenizer, self.steps = tokenizer, steps
-        self.conditioner = Conditioner(num_classes, text_tokens, self.width)
-        self.numbers = nn.Sequential(
-            nn.Linear(32 * (1 + len(MICRO)), self.width), nn.SiLU(), nn.Linear(self.width, self.width)
-        )
+        super().__init__()
+        if width % heads or (width // heads) % 8:
+            raise ValueError(f"expected a width that {heads} heads divide into multiples of 8, got {width}")
+        self.mask, self.grid = tokenizer.vocab_size, tokenizer.scales[-1][0]
+        self.tokenizer, self.steps, self.text_tokens, self.compress = tokenizer, steps, text_tokens, compress
+        self.width, self.heads, self.class_dropout = width, heads, class_dropout
+        self.conditioner = Conditioner(num_classes, text_tokens + 1, width, text_width, raw=True)
+        text_width = self.conditioner.text_width
+        self.time, self.summary = mlp(256, width), mlp(width, width)
+        self.numbers = mlp(256 * len(MICRO) + text_width, width, bias=False)
+        self.words_norm = nn.RMSNorm(width, eps=EPS)
+        self.tok_embeddings = nn.Embedding(self.mask + 1, width)
+        self.embed_norm, self.embed_out = nn.RMSNorm(width, eps=EPS), Linear(width, width, bias=False)
+        self.to_hidden_norm, self.to_hidden = nn.RMSNorm(width, eps=EPS), Linear(width, width, bias=False)
+        self.joint = nn.ModuleList(JointBlock(width, heads) for _ in range(joint))
+        self.single = nn.ModuleList(SingleBlock(width, heads) for _ in range(single))
+        self.from_hidden_norm, self.from_hidden = (
+            nn.RMSNorm(width, eps=EPS), Linear(width, width, bias=False)
+        )  # fmt: skip
         if compress:
-            self.down = nn.Conv2d(self.width, self.width, 2, stride=2)
-            self.up = nn.Linear(self.width, 4 * self.width)
-        del self.cls_embedding
+            self.down_norm, self.up_norm = nn.RMSNorm(width, eps=EPS), nn.RMSNorm(width, eps=EPS)
+            self.down = nn.Conv2d(width, width, 2, stride=2, bias=False)
+            self.up = nn.ConvTranspose2d(width, width, 2, stride=2, bias=False)
+        self.head, self.head_norm = Linear(width, width, bias=False), nn.RMSNorm(width, eps=EPS)
+        self.output = Linear(width, self.mask, bias=False)
+        for weight in (self.tok_embeddings.weight, self.output.weight):
+            nn.init.normal_(weight, std=0.02)
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], *, tokenizer: VQVAE, nothing: Tensor, **options: Any
+    ) -> MeissonicModel:
+        """The model of released weights, in evaluation mode; sizes are read off them.
+
+        nothing: what the empty text is, [T + 1, text width]: states of CLIP, and its projected summary. A
+        condition is then a `Text` of as many. heads: where they are not 128 wide.
+        """
+        theirs = as_matrices(state)
+        compress = any(name.startswith("down_block.") for name in theirs)
+        ours = checkpoint.translated(theirs, {**NAMES, **(COMPRESS if compress else {})}, "Meissonic")
+        table = ours["tok_embeddings.weight"]  # the mask is the last of its rows, some are not used
+        ours["tok_embeddings.weight"] = torch.cat((table[: tokenizer.vocab_size], table[-1:]))
+        text = ours["conditioner.project.weight"].shape[1]
+        if nothing.dim() != 2 or nothing.shape[1] != text:
+            raise ValueError(f"expected nothing [T + 1, {text}], got {list(nothing.shape)}")
+        ours["conditioner.table"] = torch.stack((torch.zeros_like(nothing), nothing)).to(table)
+        width = len(ours["to_hidden.weight"])
+        sizes = {
+            "joint": checkpoint.count(ours, "joint."),
+            "single": checkpoint.count(ours, "single."),
+            "width": width,
+            "heads": width // 128,
+            "text_width": text,
+            "text_tokens": len(nothing) - 1,
+            "compress": compress,
+            "steps": 64,
+        }
+        with torch.device("meta"):
+            model = cls(tokenizer, 1, **sizes | options)
+        model = model.to_empty(device="cpu").eval()
+        checkpoint.load_checked(model, ours, "Meissonic")
+        return model
 
     @property
     def layout(self) -> Layout:
@@ -70,32 +137,43 @@ class MeissonicModel(LlamaGen, SystemModel):
         return EachStep(lambda step, n: plan)
 
     def rope(self) -> Rope:
-        """Three axes: the place in the text, and row and column of the map."""
+        """Three axes: one that is not used, and row and column of the map; the text stands at 0."""
         side, dim = self.grid // (2 if self.compress else 1), self.width // self.heads
-        said = torch.zeros(self.text_tokens + 1, 3)
-        said[:, 0] = torch.arange(len(said))
         axis = torch.arange(side).float()
-        places = F.pad(torch.cartesian_prod(axis, axis), (1, 0), value=float(len(said)))
-        plane = 8 * round(7 * dim / 16 / 8)
+        places = F.pad(torch.cartesian_prod(axis, axis).view(-1, 2), (1, 0, self.text_tokens, 0))
+        plane = 2 * (7 * dim // 32)
         dims = (dim - 2 * plane, plane, plane)
-        return rope_axes(torch.cat((said, places)), dims, device=self.tok_embeddings.weight.device)
-
-    def intervals(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Everything sees everything."""
-        start = torch.zeros(length, dtype=torch.int32, device=device)
-        return start, torch.full_like(start, length)
-
-    def decoder(self) -> Decoder:
-        return _Decoder(self)
+        return rope_axes(places, dims, device=self.tok_embeddings.weight.device)
 
     def predict(self, text: Text, tokens: Tensor, time: Tensor, micro: Tensor | None = None) -> Tensor:
         """Logits [B, n, V] of all tokens from those that are not hidden. time: float [B], 0 to 1000."""
-        h = self.embed(tokens)
+        summary, words = text.last, self.conditioner.project(text.states[:, :-1])
+        given = summary.new_tensor(MICRO).expand(len(tokens), -1) if micro is None else micro
+        told = self.summary(self.numbers(torch.cat((summary, waves(given).to(summary)), 1)))
+        vector = self.time(waves(time[:, None] * TIME).to(summary)) + told
+        h = self.embed_out(self.embed_norm(self.tok_embeddings(tokens)))
         if self.compress:
-            h = self.down(h.transpose(1, 2).unflatten(2, (self.grid, self.grid))).flatten(2).transpose(1, 2)
-        given = h.new_tensor(MICRO).expand(len(tokens), -1) if micro is None else micro
-        waves = _waves(torch.cat((time[:, None], given), 1))
-        return self.teach(torch.cat((text.states, self.numbers(waves)[:, None], h), 1))
+            h = self.down(self._map(self.down_norm(h), self.grid)).flatten(2).transpose(1, 2)
+        h = self.mix(self.words_norm(words), self.to_hidden(self.to_hidden_norm(h)), vector)
+        h = self.from_hidden(self.from_hidden_norm(h))
+        if self.compress:
+            h = self.up(self._map(self.up_norm(h), self.grid // 2)).flatten(2).transpose(1, 2)
+        logits: Tensor = self.output(self.head_norm(self.head(h))).float()
+        return logits
+
+    def mix(self, words: Tensor, h: Tensor, vector: Tensor) -> Tensor:
+        """All blocks: words [B, T, C], the map's inputs [B, n, C], vector [B, C] -> the map's [B, n, C]."""
+        rope = self.rope()
+        for block in self.joint:
+            words, h = block(words, h, vector, rope)
+        both = torch.cat((words, h), 1)
+        for block in self.single:
+            both = block(both, vector, rope)
+        return both[:, words.shape[1] :]
+
+    @staticmethod
+    def _map(h: Tensor, side: int) -> Tensor:
+        return h.transpose(1, 2).unflatten(2, (side, side))
 
     def encode(self, pixels: Tensor) -> Tensor:
         tokens: Tensor = self.tokenizer.encode(pixels)[-1]
@@ -122,6 +200,8 @@ class MeissonicModel(LlamaGen, SystemModel):
         if micro is not None and tuple(micro.shape) != (rows, len(MICRO)):
             raise ValueError(f"expected micro [{rows}, {len(MICRO)}], got {list(micro.shape)}")
         text = self.conditioner.beside_nothing(condition) if guided else self.conditioner(condition)
+        if text.lengths.tolist() != [self.text_tokens + 1] * len(text.lengths):
+            raise ValueError(f"expected texts of {self.text_tokens + 1}, got {text.lengths.tolist()}")
         return MeissonicSession(self, text, rows, released_timestep, micro)
 
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
@@ -134,21 +214,6 @@ class MeissonicModel(LlamaGen, SystemModel):
             "Meissonic": lambda labels, seed: generate(self, labels, seed=seed),
             "one token per pass": lambda labels, seed: generate(self, labels, seed=seed, commit=single),
         }
-
-
-class _Decoder(Decoder):
-    """Logits of the map alone, without the mask."""
-
-    def __init__(self, model: MeissonicModel) -> None:
-        super().__init__(model)
-        self.model = model
-
-    def head(self, h: Tensor) -> Tensor:
-        h = h[:, self.model.text_tokens + 1 :]
-        if self.model.compress:
-            side = self.model.grid // 2
-            h = self.model.up(h).view(len(h), side, side, 2, 2, -1).transpose(2, 3).flatten(1, 4)
-        return super().head(h)[..., : self.model.mask]
 
 
 class MeissonicSession(Session):
@@ -175,15 +240,8 @@ class MeissonicSession(Session):
         return model.predict(text, tokens.repeat(copies, 1), time.repeat(copies), micro)
 
 
-def _waves(numbers: Tensor) -> Tensor:
-    """Sines and cosines of 16 frequencies of each number: [B, n] -> [B, 32 n]."""
-    frequency = 10000.0 ** (-torch.arange(16, device=numbers.device) / 16)
-    angle = numbers[..., None] * frequency
-    return torch.cat((angle.sin(), angle.cos()), -1).flatten(1)
-
-
 def make(tokenizer: Any, classes: int) -> MeissonicModel:
-    return MeissonicModel(tokenizer, classes, depth=6, width=192, heads=3, dropout=0.0)
+    return MeissonicModel(tokenizer, classes)
 
 
 SYSTEM = System(
@@ -194,8 +252,7 @@ SYSTEM = System(
     "all tokens in every pass, the most confident stay; 16 passes for 64 tokens, full attention",
     grid_tokenizer,
     make,
-    deviations="the text is four learned vectors per class, and the numbers are one more input, in the same "
-    "blocks as the map (paper: 14 joint and 28 single blocks with AdaLN), so released weights do not load; "
-    "convolutions that halve the map are an option; the time is the hidden share in sampling, too (released: "
-    "the number of the pass)",
+    deviations="the text is four learned vectors per class and one more as their sum; convolutions that "
+    "halve the map are an option; the time is the hidden share in sampling, too (released: the number of the "
+    "pass). Released weights load with `MeissonicModel.from_state_dict`",
 )
