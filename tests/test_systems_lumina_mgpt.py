@@ -5,10 +5,11 @@ of Chameleon.
 import pytest
 import torch
 
+from arimg.generators.chameleon_parts import NAMES
 from arimg.generators.loop import Sampler, final_tokens, generate
 from arimg.nn import checkpoint
 from arimg.nn.conditioning import Text
-from arimg.systems.lumina_mgpt import NAMES, LuminaModel
+from arimg.systems.lumina_mgpt import LuminaModel
 from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
 from system_checks import check_draws, turns_of
 
