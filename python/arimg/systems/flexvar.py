@@ -231,5 +231,6 @@ SYSTEM = System(
     " published one compares angles in 32 dimensions), and its decoder learns on upsampled maps; the initial"
     " waves of the positions are as small as the other embeddings; no adversarial or perceptual loss in the"
     " tokenizer; a schedule whose maps are too large loses random scales until it fits; greedy are sizes"
-    " beyond the training's and other aspects, in released code also those outside of a list",
+    " beyond the training's and other aspects, in released code also those outside of a list; the strength of"
+    " guidance goes on rising at sizes beyond the training's (released: the full strength)",
 )

@@ -139,6 +139,6 @@ SYSTEM = System(
     tokenizer,
     make,
     "Both parts come from one encoder, 8 + 8 channels and 1024 codes, without the teacher's semantic loss; "
-    "the prefix is the class, as four learned states; blocks as those of our Infinity, not Llama's, "
+    "the prefix is the class, as four learned states; blocks with VAR's attention, not Llama's, "
     "so released weights do not load; the cache that the released sampler does not use is used.",
 )
