@@ -41,6 +41,16 @@ def test_names_are_the_released_ones_and_heads_are_small() -> None:
     assert 100 * 2 * 256 * 768 < 2**16 * 768
 
 
+def test_a_state_dict_gives_the_structure_and_is_loaded(expected: Tensor) -> None:
+    m = model()
+    options = {"tokenizer": m.tokenizer, "heads": 2, "dropout": 0.0, "class_dropout": 0.0}
+    twin = ElmModel.from_state_dict(m.state_dict(), **options)
+    assert isinstance(twin, ElmModel) and (twin.chunks, twin.bits, twin.depth) == (2, 8, 2)
+    assert torch.equal(checks.tokens_of(checks.turns_of(twin)), expected)
+    with pytest.raises(ValueError, match="expected the state dict of a ELM, got one without"):
+        ElmModel.from_state_dict({}, tokenizer=m.tokenizer)
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 def test_cached_logits_equal_teacher_forced_ones(chunks: int) -> None:
     m = model(chunks)

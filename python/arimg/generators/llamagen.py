@@ -138,7 +138,7 @@ class LlamaGen(nn.Module):
         sizes = cls._sizes(state, heads) | cls._condition_sizes(state) | options
         with torch.device("meta"):
             model = cls(**sizes)
-        model = model.to(state["tok_embeddings.weight"].dtype).to_empty(device="cpu").eval()
+        model = model.to(state["layers.0.attention.wqkv.weight"].dtype).to_empty(device="cpu").eval()
         checkpoint.load_checked(model, state, cls.__name__)
         return model
 

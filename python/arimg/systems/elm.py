@@ -8,7 +8,7 @@ token; here keys and values are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from arimg.generators import LlamaGen
 from arimg.generators.llamagen import Attend, Decoder, drop
 from arimg.generators.loop import Sampler, Turn, generate
 from arimg.guidance import Guidance, linear
+from arimg.nn import checkpoint
 from arimg.nn.scale_quantizer import QuantizerOutput
 from arimg.systems.base import Hidden, System, SystemModel
 from arimg.systems.llamagen import SIZE
@@ -90,6 +91,14 @@ class ElmModel(LlamaGen, SystemModel):
             nn.init.normal_(module.weight, std=0.02)
         for head in heads:
             nn.init.zeros_(head.weight)
+
+    @staticmethod
+    def _sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+        """The tokenizer, an option of `from_state_dict`, says how many bits there are."""
+        table = checkpoint.tensor_of(state, "tok_embedder.0.weight", 2, "ELM")
+        sizes = LlamaGen._sizes({**state, "tok_embeddings.weight": table}, heads)
+        sizes["chunks"] = checkpoint.count(state, "tok_embedder.")
+        return {name: n for name, n in sizes.items() if name != "vocab_size"}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n, K] -> [B, n, C]."""
