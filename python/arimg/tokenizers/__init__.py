@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from arimg.nn import checkpoint
 from arimg.nn.checkpoint import save
+from arimg.tokenizers.latent import LatentTokenizer
 from arimg.tokenizers.vqmodel import VQModel, VQModelOutput
 from arimg.tokenizers.vqvae import SCALES_256, SCALES_512, VQVAE, VQVAEOutput
 
@@ -12,6 +13,7 @@ __all__ = [
     "SCALES_256",
     "SCALES_512",
     "VQVAE",
+    "LatentTokenizer",
     "VQModel",
     "VQModelOutput",
     "VQVAEOutput",
