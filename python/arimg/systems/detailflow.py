@@ -152,5 +152,6 @@ SYSTEM = System(
     grid_tokenizer,
     make,
     deviations="the generator alone: groups are rows of a token map instead of a 1-D tokenizer's details, "
-    "without its self-correction (groups of noisy tokens in training)",
+    "without its self-correction (groups of noisy tokens in training); the 1-D tokenizer is "
+    "`arimg.tokenizers.LatentTokenizer`, on which this generator is not trained yet",
 )
