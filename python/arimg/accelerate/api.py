@@ -15,6 +15,7 @@ from arimg.accelerate.llama_layer import recognise_llama_layers
 from arimg.accelerate.llamagen import recognise_llamagen
 from arimg.accelerate.llamagen_quantizer import recognise_llamagen_quantizer
 from arimg.accelerate.report import Entry, Report
+from arimg.accelerate.scalar_codes import recognise_scalar_codes
 from arimg.accelerate.var import recognise_var, recognise_var_quantizer
 from arimg.accelerate.vector_quantize import recognise_vector_quantize
 from arimg.accelerate.vqvae_quantizer import recognise_vqvae_quantizer
@@ -36,6 +37,10 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
     ("LlamaGen's quantizer (embedding, n_e, e_dim, l2_norm)", recognise_llamagen_quantizer),
     ("vocabulary heads (lm_head, generation_head)", recognise_head),
     ("vector-quantize-pytorch's VectorQuantize (_codebook with embed)", recognise_vector_quantize),
+    (
+        "vector-quantize-pytorch's FSQ (_levels, _basis) and LFQ (codebook_scale, bits_to_codes)",
+        recognise_scalar_codes,
+    ),
     ("a VQGAN's residual blocks and upsampling (norm1, conv1, norm2, conv2)", recognise_autoencoder),
 )
 
