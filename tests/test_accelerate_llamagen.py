@@ -220,9 +220,9 @@ def test_steps_that_do_not_suit_run_the_original(steps):
         model(tokens[:, :3], None, torch.tensor([1, 2, 3]))
         first = model(None, LABELS, torch.arange(1))[0]
         assert steps[0] == 1 and torch.allclose(first, scored(model, tokens)[:, :1])
-        # a mask of the caller's: the class hidden from all later tokens
+        # a mask of the caller's: some later tokens do not see the class
         model.setup_caches(2, 26, torch.float32)
-        model.causal_mask[:, 1:, 0] = False
+        model.causal_mask[:, 1:9, 0] = False
         steps[0] = 0
         model(None, LABELS, torch.arange(1))
         hidden = model(tokens[:, :1], None, torch.tensor([1]))[0]
@@ -248,7 +248,9 @@ def test_relatives_are_kept_with_a_reason():
         assert not report.replaced and type(model) is standin.Transformer
         return report.kept[0].note
 
-    assert reason(make(model_type="t2i")) == "expected the class-conditional model (c2i), got t2i"
+    model = make()
+    model.model_type = "edit"
+    assert reason(model) == "expected a model for classes (c2i) or texts (t2i), got edit"
     model = make()
     model.layers[1].attention.q_norm = torch.nn.LayerNorm(16)
     assert reason(model).startswith("unknown parameters layers.1.attention.q_norm.bias")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arimg.generators import Captions, Jacobi, Sampler, TextLlamaGen, final_tokens, generate
 from arimg.guidance import Guidance
@@ -41,27 +41,13 @@ def tokens(batch: int, n: int) -> Tensor:
     return torch.randint(0, 50, (batch, n), generator=torch.Generator().manual_seed(1))
 
 
-class CaptionEmbedder(nn.Module):
-    """The released one's names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cap_proj = nn.Module()
-        self.cap_proj.fc1 = nn.Linear(TEXT, 64, bias=False)
-        self.cap_proj.fc2 = nn.Linear(64, 64, bias=False)
-        self.register_buffer("uncond_embedding", torch.zeros(PLACES, TEXT))
-
-    def forward(self, caption: Tensor, train: bool) -> Tensor:
-        return self.cap_proj.fc2(nn.functional.gelu(self.cap_proj.fc1(caption), approximate="tanh"))
-
-
 def released_logits(model: TextLlamaGen, given: Captions, index: Tensor) -> Tensor:
     """The stand-in's, for captions moved to the end of their places and the mask of the released loop."""
     args = standin.ModelArgs(
-        n_layer=2, block_size=GRID * GRID, hidden=96, vocab_size=50, cls_token_num=PLACES, dropout=0.0
-    )
+        n_layer=2, block_size=GRID * GRID, hidden=96, vocab_size=50, cls_token_num=PLACES, dropout=0.0,
+        model_type="t2i", caption_dim=TEXT,
+    )  # fmt: skip
     theirs = standin.Transformer(args)
-    theirs.cls_embedding = CaptionEmbedder()
     theirs.load_state_dict(model.state_dict())
     states, mask = given
     states = torch.stack([s.roll(PLACES - int(m.sum()), 0) for s, m in zip(states, mask)])

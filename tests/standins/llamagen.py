@@ -24,6 +24,7 @@ class ModelArgs:
     dropout: float = 0.1
     model_type: str = "c2i"
     cls_token_num: int = 1
+    caption_dim: int = 12
 
 
 class LabelEmbedder(nn.Module):
@@ -36,6 +37,28 @@ class LabelEmbedder(nn.Module):
             dropped = torch.rand(len(labels), device=labels.device) < 0.1
             labels = torch.where(dropped, self.num_classes, labels)
         return self.embedding_table(labels)[:, None]
+
+
+class MLP(nn.Module):
+    def __init__(self, c_in, dim):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(c_in, dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    def __init__(self, c_in, dim, tokens):
+        super().__init__()
+        self.cap_proj = MLP(c_in, dim)
+        self.register_buffer("uncond_embedding", torch.randn(tokens, c_in) / c_in**0.5)
+
+    def forward(self, captions, train):
+        if train:
+            dropped = torch.rand(len(captions), 1, 1, device=captions.device) < 0.1
+            captions = torch.where(dropped, self.uncond_embedding, captions)
+        return self.cap_proj(captions)
 
 
 class RMSNorm(nn.Module):
@@ -126,7 +149,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.num_classes, self.model_type = args, args.num_classes, args.model_type
         self.cls_token_num = args.cls_token_num
-        self.cls_embedding = LabelEmbedder(args.num_classes, args.dim)
+        if args.model_type == "c2i":
+            self.cls_embedding = LabelEmbedder(args.num_classes, args.dim)
+        else:
+            self.cls_embedding = CaptionEmbedder(args.caption_dim, args.dim, args.cls_token_num)
         self.tok_embeddings, self.tok_dropout = (
             nn.Embedding(args.vocab_size, args.dim),
             nn.Dropout(args.dropout),
@@ -153,11 +179,14 @@ class Transformer(nn.Module):
         self.causal_mask = mask[None].repeat(max_batch_size, 1, 1)
         self.freqs_cis = self._table()
 
+    def _condition(self, cond_idx):
+        return self.cls_embedding(cond_idx, self.training)[:, : self.cls_token_num]
+
     def forward(self, idx, cond_idx, input_pos=None, targets=None, mask=None, valid=None):
         if idx is not None and cond_idx is not None:
-            h = torch.cat((self.cls_embedding(cond_idx, self.training), self.tok_embeddings(idx)), dim=1)
+            h = torch.cat((self._condition(cond_idx), self.tok_embeddings(idx)), dim=1)
         else:
-            h = self.tok_embeddings(idx) if cond_idx is None else self.cls_embedding(cond_idx, self.training)
+            h = self.tok_embeddings(idx) if cond_idx is None else self._condition(cond_idx)
             mask = self.causal_mask[: len(h), None, input_pos]
         h = self.tok_dropout(h)
         table = self.freqs_cis[: h.shape[1]] if self.training else self.freqs_cis[input_pos]
@@ -170,17 +199,29 @@ class Transformer(nn.Module):
         return logits, loss
 
 
+def hide(model, mask):
+    """Columns of the causal mask where mask [B, T] is 0, but for the diagonal."""
+    model.causal_mask[:, :, : mask.shape[1]] &= mask.bool()[:, None]
+    model.causal_mask |= torch.eye(model.causal_mask.shape[1], dtype=torch.bool, device=mask.device)
+
+
 @torch.no_grad()
-def generate(model, cond, max_new_tokens, cfg_scale=1.0, cfg_interval=-1):
+def generate(model, cond, max_new_tokens, cfg_scale=1.0, cfg_interval=-1, emb_masks=None):
     """The most likely tokens, through the calls that the released function makes."""
-    guided = cfg_scale > 1.0
-    rows = torch.cat([cond, torch.full_like(cond, model.num_classes)]) if guided else cond
+    guided, text = cfg_scale > 1.0, model.model_type == "t2i"
+    T = cond.shape[1] if text else 1
+    rows = cond
+    if guided:
+        nothing = model.cls_embedding.uncond_embedding.expand_as(cond) if text else None
+        rows = torch.cat([cond, torch.full_like(cond, model.num_classes) if nothing is None else nothing])
     with torch.device(cond.device):
         model.setup_caches(
             max_batch_size=len(rows),
-            max_seq_length=1 + max_new_tokens,
+            max_seq_length=T + max_new_tokens,
             dtype=model.tok_embeddings.weight.dtype,
         )
+    if emb_masks is not None:
+        hide(model, torch.cat([emb_masks, emb_masks]) if guided else emb_masks)
 
     def pick(logits, guide):
         if guided:
@@ -188,8 +229,8 @@ def generate(model, cond, max_new_tokens, cfg_scale=1.0, cfg_interval=-1):
             return (u + (c - u) * cfg_scale if guide else c).argmax(-1, keepdim=True)
         return logits[:, -1].argmax(-1, keepdim=True)
 
-    token = pick(model(None, rows, torch.arange(0, 1, device=cond.device))[0], True)
-    tokens, input_pos = [token], torch.tensor([1], device=cond.device, dtype=torch.int)
+    token = pick(model(None, rows, torch.arange(0, T, device=cond.device))[0], True)
+    tokens, input_pos = [token], torch.tensor([T], device=cond.device, dtype=torch.int)
     for i in range(max_new_tokens - 1):
         logits, _ = model(torch.cat([token, token]) if guided else token, cond_idx=None, input_pos=input_pos)
         token = pick(logits, cfg_interval < 0 or i <= cfg_interval)

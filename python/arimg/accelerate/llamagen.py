@@ -1,4 +1,8 @@
-"""The released LlamaGen code (arXiv 2406.06525): the class-conditional transformer behind its `generate`."""
+"""The released LlamaGen code (arXiv 2406.06525): the transformer behind `generate`, for classes and texts.
+
+A text's places that `emb_masks` hides are columns of the original's `causal_mask` which no other token sees;
+they are read off it once per generation.
+"""
 
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -11,10 +15,27 @@ from arimg.accelerate.graphs import GraphedStep, Graphs
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin, has_hooks
 from arimg.accelerate.view import Storage, bytes_of_codes, misfit, parameters_of, view_of
+from arimg.generators import TextLlamaGen
 from arimg.generators.llamagen import Decoder, LlamaGen
 from arimg.reference.kv_cache import Rope
 
 _GENERATOR = {"cls_embedding", "tok_embeddings", "layers", "norm", "output"}
+
+
+class _Mask(NamedTuple):
+    """The original's causal mask as it was looked at. Row b sees itself and, of the keys before it, those up
+    to first[b] and from start[b] on, int32 [B] each; None: all.
+    """
+
+    given: Tensor
+    version: int
+    suits: bool
+    first: Tensor | None = None
+    start: Tensor | None = None
+
+    def is_current(self, module: Any) -> bool:
+        given = module.causal_mask
+        return given is self.given and _version(given) == self.version
 
 
 class _Plan(NamedTuple):
@@ -23,6 +44,7 @@ class _Plan(NamedTuple):
     decoder: Decoder
     rope: Rope
     caches: list[Any]
+    mask: _Mask
     graphed: GraphedStep | None  # (x, position [1, 1]) -> logits
 
 
@@ -31,20 +53,26 @@ _plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
 
 def _view(module: Any) -> LlamaGen:
     """Ours for a Transformer, without its weights."""
-    first, table = module.layers[0].attention, module.cls_embedding.embedding_table
+    first = module.layers[0].attention
     epsilons = {n.eps for layer in module.layers for n in (layer.attention_norm, layer.ffn_norm)}
     if epsilons != {module.norm.eps}:
         raise ValueError(f"expected one epsilon of all norms, got {sorted(epsilons | {module.norm.eps})}")
-    return LlamaGen(
-        module.tok_embeddings.num_embeddings,
-        len(table.weight) - 1,
-        len(module.layers),
-        module.tok_embeddings.embedding_dim,
-        first.n_head,
+    vocabulary, layers = module.tok_embeddings.num_embeddings, len(module.layers)
+    sizes: dict[str, Any] = dict(
+        width=module.tok_embeddings.embedding_dim,
+        heads=first.n_head,
         kv_heads=first.n_kv_head,
         hidden=module.layers[0].feed_forward.w1.out_features,
         eps=module.norm.eps,
     )
+    if _reads_text(module):
+        places, width = module.cls_embedding.uncond_embedding.shape
+        return TextLlamaGen(vocabulary, places, width, layers, **sizes)
+    return LlamaGen(vocabulary, len(module.cls_embedding.embedding_table.weight) - 1, layers, **sizes)
+
+
+def _reads_text(module: Any) -> bool:
+    return getattr(module, "model_type", "c2i") == "t2i"
 
 
 class _Generator(Mixin):
@@ -60,7 +88,6 @@ class _Generator(Mixin):
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
         module: Any = self
         super().setup_caches(max_batch_size, max_seq_length, dtype)  # type: ignore[misc]
-        module.causal_mask._arimg_version = _version(module.causal_mask)
         _plans.pop(module, None)
 
     def forward(
@@ -81,9 +108,10 @@ class _Generator(Mixin):
         caches = [layer.attention.kv_cache for layer in module.layers]
         if plan is None and has_hooks(module):  # as of the first step of a picture: they are many to ask
             return super().forward(idx, cond_idx, input_pos)  # type: ignore[misc, no-any-return]
-        if plan is None or any(a is not b for a, b in zip(caches, plan.caches)):
+        same = plan is not None and plan.mask.is_current(module)
+        if plan is None or not same or any(a is not b for a, b in zip(caches, plan.caches)):
             plan = _new_plan(module)
-        if not _fits(x, caches[0].k_cache, plan):
+        if not plan.mask.suits or not _fits(x, caches[0].k_cache, plan):
             return super().forward(idx, cond_idx, input_pos)  # type: ignore[misc, no-any-return]
         if plan.graphed is not None and module.graphs.usable(x.device):
             return plan.graphed(x, input_pos.int().view(1, 1))[0], None
@@ -92,11 +120,21 @@ class _Generator(Mixin):
 
 def _step(plan: _Plan, x: Tensor, start: int, positions: Tensor | None, length: int | Tensor) -> Tensor:
     """Logits of the next token, whose keys and values join the caches."""
+    at, seen = (start, length) if positions is None else (positions.flatten(), None)
+    first, new = plan.mask.first, None
+    if plan.mask.start is not None:
+        begin = plan.mask.start.clamp(max=at)[:, None]
+        new = begin, torch.zeros_like(begin) + (at + 1)
+        first = None if first is None else first.clamp(max=at)
 
     def attend(i: int, qkv: Tensor) -> Tensor:
         k, v = plan.caches[i].k_cache, plan.caches[i].v_cache
         q = ops.append_(k, v, qkv, start, positions=positions, rope=plan.rope)
-        return ops.cached_attention(q, k, v, length)
+        if new is None:
+            return ops.cached_attention(q, k, v, length)
+        before = (k[:, :, :0], v[:, :, :0], 0) if first is None else (k, v, first)
+        own = k[:, :, :seen], v[:, :, :seen]
+        return ops.cached_attention(q, *before, k_new=own[0], v_new=own[1], new_intervals=new)
 
     return plan.decoder.run(x, attend)
 
@@ -113,16 +151,17 @@ def _graphed(plan: _Plan, graphs: Graphs) -> GraphedStep:
 
 
 def _is_step(module: Any, idx: Tensor | None, cond_idx: Tensor | None, input_pos: Tensor) -> bool:
-    """Whether this is one token for each row, on caches that are there, with the mask as it was set up."""
+    """Whether this is one token for each row, on caches that are there."""
     given = cond_idx if idx is None else idx
+    if cond_idx is not None and _reads_text(module):  # the text: many rows, once
+        return False
     if given is None or (idx is not None and cond_idx is not None) or input_pos.numel() != 1:
         return False
     if module.training or torch.compiler.is_compiling() or torch.is_autocast_enabled(given.device.type):
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters_of(module).values()):
         return False
-    mask = getattr(module, "causal_mask", None)
-    return mask is not None and getattr(mask, "_arimg_version", None) == _version(mask)
+    return getattr(module, "causal_mask", None) is not None
 
 
 def _place(input_pos: Tensor, batch: int) -> tuple[int, Tensor | None, int | Tensor]:
@@ -145,11 +184,34 @@ def _new_plan(module: Any) -> _Plan:
     view = view_of(module, _view, storage)
     rope = Rope(table[..., 0].contiguous(), table[..., 1].contiguous())
     caches = [layer.attention.kv_cache for layer in module.layers]
-    plan = _Plan(Decoder(view), rope, caches, None)
+    plan = _Plan(Decoder(view), rope, caches, _look_at(module.causal_mask), None)
     if module.graphs is not None:
         plan = plan._replace(graphed=_graphed(plan, module.graphs))
     _plans[module] = plan
     return plan
+
+
+def _look_at(mask: Tensor) -> _Mask:
+    """bool [B, L, L], expected to be causal but for hidden columns, one run of them in each row of the batch,
+    and to have its diagonal.
+    """
+    refused = _Mask(mask, _version(mask), False)
+    if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[1] != mask.shape[2]:
+        return refused
+    length = mask.shape[1]
+    last, itself = mask[:, -1], torch.eye(length, dtype=torch.bool, device=mask.device)
+    if not torch.equal(mask, (last[:, None] & torch.ones_like(itself).tril()) | itself):
+        return refused
+    hidden = (~last).int()
+    number = hidden.sum(1)
+    if not bool(number.any()):
+        return refused._replace(suits=True)
+    first, start = hidden.argmax(1), length - hidden.flip(1).argmax(1)
+    start = torch.where(number > 0, start, 0)
+    if not torch.equal(number, start - first):
+        return refused
+    some = first.int() if bool(first.any()) else None
+    return _Mask(mask, refused.version, True, some, start.int())
 
 
 def _fits(x: Tensor, k_cache: Tensor, plan: _Plan) -> bool:
@@ -159,6 +221,7 @@ def _fits(x: Tensor, k_cache: Tensor, plan: _Plan) -> bool:
         x.dim() == 3
         and x.shape[1] == 1
         and k_cache.shape[:2] == (len(x), heads)
+        and len(plan.mask.given) == len(x)
         and k_cache.dtype == x.dtype
         and k_cache.device == x.device == plan.decoder.norm.device == plan.rope.cos.device
     )
@@ -173,6 +236,8 @@ def recognise_llamagen(report: Report, path: str, module: nn.Module) -> bool:
         report.keep(module, path, reason)
     else:
         note = "steps of one token: fused norms, products at the speed of reading their weights"
+        if _reads_text(module):
+            note += "; the text is read by the original"
         report.swap_generator(
             module, _Generator, path, note, lambda kind: bytes_of_codes(module, _view, kind)
         )
@@ -181,8 +246,8 @@ def recognise_llamagen(report: Report, path: str, module: nn.Module) -> bool:
 
 def _unsuited(module: Any) -> str:
     """Why our composition does not fit the module, or nothing."""
-    if getattr(module, "model_type", "c2i") != "c2i":
-        return f"expected the class-conditional model (c2i), got {module.model_type}"
+    if getattr(module, "model_type", "c2i") not in ("c2i", "t2i"):
+        return f"expected a model for classes (c2i) or texts (t2i), got {module.model_type}"
     reason = misfit(module, _view)
     if reason:
         return reason
