@@ -162,6 +162,7 @@ def test_generate(name: str, dtype: torch.dtype, paired) -> None:
     functions = {"arimg": accelerated(model), PLAIN: lambda: seconds(model)}
     if dtype == torch.float32:
         functions["arimg, dtype=torch.bfloat16"] = accelerated(model, dtype=torch.bfloat16)
+    functions["arimg, weights='int8'"] = accelerated(model, weights="int8")
     paired(group, functions)
     model.float()
 

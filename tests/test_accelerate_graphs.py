@@ -186,3 +186,19 @@ def test_on_a_gpu():
         for _ in range(3):
             assert torch.equal(model.autoregressive_infer_cfg(2, labels, g_seed=1, top_k=1), want)
         assert "(4 captured, 12 replayed so far)" in str(report)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_codes_without_a_gpu_run_as_they_do_without_graphs(weights):
+    """The report says why nothing is captured; the steps read their codes all the same."""
+    model = test_accelerate_llamagen.make()
+    with arimg.accelerate(model, weights=weights) as report:
+        want, memory = test_accelerate_llamagen.greedy(model), report.memory
+    with arimg.accelerate(model, weights=weights, graphs=True) as report:
+        assert torch.equal(test_accelerate_llamagen.greedy(model), want) and report.memory == memory
+        text = str(report)
+        assert f"; weights {weights}" in text and "CUDA graphs: not used: no CUDA device here" in text
+    with arimg.accelerate(model, weights=weights, graphs=(backend := Recorder())):
+        assert torch.equal(test_accelerate_llamagen.greedy(model), want)
+        assert (backend.recorded, backend.replayed) == (1, 24)

@@ -390,3 +390,17 @@ def test_a_head_alone():
         assert torch.equal(head["lm_head"](x), want) and head["lm_head"](x).requires_grad
         with torch.no_grad():
             assert torch.equal(head["lm_head"](many), want_many)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["chameleon", "emu3"])
+def test_codes_and_graphs_together(runs, name):
+    """Steps of these models are not captured: they read their codes, and the report says that."""
+    model = MODELS[name]()
+    tokens = torch.randint(5, 60, (2, 8), generator=torch.Generator().manual_seed(1))
+    with arimg.accelerate(model, weights="int8"):
+        want = scored(model, tokens)
+    steps = runs[0]
+    with arimg.accelerate(model, weights="int8", graphs=True) as report:
+        assert torch.equal(scored(model, tokens), want) and runs[0] == 2 * steps > 0
+        assert "CUDA graphs: not used: no CUDA device here" in str(report) or torch.cuda.is_available()
