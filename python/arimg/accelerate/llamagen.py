@@ -237,7 +237,7 @@ def recognise_llamagen(report: Report, path: str, module: nn.Module) -> bool:
     else:
         note = "steps of one token: fused norms, products at the speed of reading their weights"
         if _reads_text(module):
-            note += "; the text is read by the original"
+            note += "; the original for the text, and for masks not causal minus one run of places a row"
         report.swap_generator(
             module, _Generator, path, note, lambda kind: bytes_of_codes(module, _view, kind)
         )
