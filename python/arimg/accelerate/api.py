@@ -33,7 +33,7 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
         recognise_llama_layers,
     ),
     ("ImageGPT's blocks in transformers (wte, wpe, h, ln_f)", recognise_imagegpt),
-    ("quantizers of transformers' VQVAEs (an embedding alone)", recognise_vqvae_quantizer),
+    ("quantizers of transformers' and diffusers' VQVAEs (an embedding alone)", recognise_vqvae_quantizer),
     ("LlamaGen's quantizer (embedding, n_e, e_dim, l2_norm)", recognise_llamagen_quantizer),
     ("vocabulary heads (lm_head, generation_head)", recognise_head),
     ("vector-quantize-pytorch's VectorQuantize (_codebook with embed)", recognise_vector_quantize),

@@ -1,7 +1,8 @@
-"""Quantizers of the VQVAEs in the package transformers: Janus, Chameleon, Emu3.
+"""Quantizers of the VQVAEs in the packages transformers (Janus, Chameleon, Emu3) and diffusers (VQModel).
 
 Known by an embedding as the only part and by their results: (quantized, loss, indices) of a map [B, C, H, W],
-or the indices of frames [B, T, C, H, W]. Only the search is ours: losses and gradients stay as they are.
+or the indices of frames [B, T, C, H, W]. Diffusers' is the VQGAN's (arXiv 2012.09841), whose indices stand in
+a tuple. Only the search is ours: losses and gradients stay as they are.
 """
 
 from typing import Any
@@ -34,12 +35,29 @@ class _MapQuantizer(Mixin):
         module: Any = self
         if not _suits(module, hidden_state, 4):
             return super().forward(hidden_state)  # type: ignore[misc, no-any-return]
-        x = hidden_state.permute(0, 2, 3, 1).contiguous()
-        index = _nearest(module, x)
-        found = module.embedding(index).view(x.shape)
-        loss = (found.detach() - x).square().mean() + module.beta * (found - x.detach()).square().mean()
-        out = x + (found - x).detach()
-        return out.permute(0, 3, 1, 2).contiguous(), loss, index
+        return _quantized(module, hidden_state, 1.0, module.beta)
+
+
+class _TupleQuantizer(Mixin):
+    """The search without a matrix of distances (arimg.ops.nearest_code)."""
+
+    def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+        if args or kwargs or module.remap is not None or not _suits(module, z, 4):
+            return super().forward(z, *args, **kwargs)  # type: ignore[misc]
+        weights = (1.0, module.beta) if module.legacy else (module.beta, 1.0)
+        out, loss, index = _quantized(module, z, *weights)
+        return out, loss, (None, None, index.view(-1, *z.shape[2:]) if module.sane_index_shape else index)
+
+
+def _quantized(module: Any, z: Tensor, commitment: float, codes: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of a map with the gradient of z, the loss of these two weights, and the indices."""
+    x = z.permute(0, 2, 3, 1).contiguous()
+    index = _nearest(module, x)
+    found = module.embedding(index).view(x.shape)
+    loss = commitment * (found.detach() - x).square().mean() + codes * (found - x.detach()).square().mean()
+    out = x + (found - x).detach()
+    return out.permute(0, 3, 1, 2).contiguous(), loss, index
 
 
 class _FrameQuantizer(Mixin):
@@ -56,9 +74,13 @@ class _FrameQuantizer(Mixin):
 def recognise_vqvae_quantizer(report: Report, path: str, module: nn.Module) -> bool:
     if [name for name, _ in module.named_children()] != ["embedding"]:
         return False
-    if not type(module).__name__.endswith("VQVAEVectorQuantizer"):
+    if type(module).__name__.endswith("VQVAEVectorQuantizer"):
+        kinds: tuple[type[Mixin], ...] = (_MapQuantizer, _FrameQuantizer)
+    elif all(hasattr(module, name) for name in ("n_e", "beta", "legacy", "remap", "sane_index_shape")):
+        kinds = (_TupleQuantizer,)
+    else:
         return False
-    mixin = next((m for m in (_MapQuantizer, _FrameQuantizer) if _is_ours(module, m)), None)
+    mixin = next((m for m in kinds if _is_ours(module, m)), None)
     if mixin is None:
         report.keep(module, path, "expected the nearest codes, of float32, of a map or of frames")
     else:
@@ -76,7 +98,14 @@ def _is_ours(module: Any, mixin: Any) -> bool:
             given, ours = (c.forward(module, x) for c in (type(module), mixin))
     except (*probe.FAILURES, AssertionError):
         return False
-    given, ours = ((r if isinstance(r, tuple) else (r,)) for r in (given, ours))
-    if len(given) != len(ours) or not all(isinstance(r, Tensor) for r in given):
+    given, ours = _tensors(given), _tensors(ours)
+    if len(given) != len(ours):
         return False
     return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(given, ours))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result, those of tuples in it too."""
+    if isinstance(result, tuple):
+        return [t for part in result for t in _tensors(part)]
+    return [] if result is None else [result]
