@@ -71,12 +71,14 @@ def test_the_command_prints_a_table_and_writes_json_and_a_plot(name, steps, extr
     assert (ours["name"], eager["name"], ours["ratio"]) == ("arimg", "eager", 1.0)
     for row in (ours, eager):
         assert 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"]
-        assert row["images_per_s"] == pytest.approx(2 / row["median_s"])
+        assert row["images_per_s"] == (None if extra else pytest.approx(2 / row["median_s"]))
+        assert row["runs"] == 2 and row["first_s"] > 0
         assert row["ms_per_step"] == pytest.approx(1e3 * row["median_s"] / steps)
         assert row["ratio"] == pytest.approx(row["median_s"] / ours["median_s"])
         assert row["percent_of_ceiling"] == pytest.approx(100 * result["floor_s"] / row["median_s"])
     assert result["settings"]["model"] == name and result["machine"]["torch"] == torch.__version__
     assert result["date"][:2] == "20" and result["ceilings"]["read GB/s"] > 0
+    assert result["logits_differ_by_std"]["eager"] < 1e-3 and not result["interrupted"]
     printed = capsys.readouterr().out
     assert f"{name}, float32, batch 2" in printed and "% ceiling" in printed and "  eager " in printed
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -86,6 +88,56 @@ def test_the_command_prints_a_table_and_writes_json_and_a_plot(name, steps, extr
 def test_peers_may_be_compiled(name):
     result = benchmark.measure(Settings(name, ("compile",), repeat=1, compiler="aot_eager"))
     assert [row["name"] for row in result["rows"]] == ["arimg", "compile"]
+
+
+def test_a_missing_compiler_costs_its_peer_alone(monkeypatch, tmp_path):
+    from torch._inductor import config
+
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with config.patch({"cpp.cxx": (None, "/no/such/compiler")}):
+        result = benchmark.measure(Settings("var-tiny", ("compile", "eager"), repeat=1))
+    assert [row["name"] for row in result["rows"]] == ["arimg", "eager"]
+    assert result["skipped"]["compile"].startswith("InvalidCxxCompiler: No working C++ compiler found")
+    assert "compile   skipped: InvalidCxxCompiler: No working C++ compiler" in benchmark.table(result)
+
+
+def test_a_peer_that_fails_or_disagrees_is_not_passed_over(monkeypatch):
+    monkeypatch.setattr(benchmark, "var_difference", lambda *_: 0.5)
+    with pytest.raises(ValueError, match=r"arimg and eager differ by 0\.5 standard deviations of a logit"):
+        benchmark.measure(Settings("var-tiny", repeat=1))
+    monkeypatch.setattr(plain_var, "generate", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        benchmark.measure(Settings("var-tiny", repeat=1))
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(monkeypatch, tmp_path, capsys):
+    out, generate, calls = tmp_path / "out.json", plain_var.generate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:  # the first run, two timed ones
+            raise KeyboardInterrupt
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(plain_var, "generate", interrupted)
+    assert bench("--model", "var-tiny", "--repeat", "9", "--json", str(out)) == 130
+    captured = capsys.readouterr()
+    assert "interrupted; timed runs until then: arimg 3, eager 2" in captured.out
+    assert "arimg: interrupted" in captured.err
+    result = json.loads(out.read_text())
+    assert result["interrupted"] and [row["runs"] for row in result["rows"]] == [3, 2]
+    calls[:], out = [1, 1, 1], tmp_path / "nothing.json"  # before anything is timed
+    assert bench("--model", "var-tiny", "--json", str(out)) == 130 and not out.exists()
+
+
+def test_other_programs_are_seen():
+    load = benchmark._OtherPrograms()
+    found = load.processors()
+    if found is None:
+        pytest.skip("no /proc/stat")
+    load.start = tuple(a - b for a, b in zip(load._now(), (2.0, 3.0, 1.0)))  # 2 s, 3 busy, 1 of them ours
+    assert load.processors() == pytest.approx(1.0, abs=0.1) and found >= 0
 
 
 def test_the_floor_counts_what_a_picture_reads_and_multiplies():
@@ -102,7 +154,10 @@ def test_the_floor_counts_what_a_picture_reads_and_multiplies():
     assert scales[0] == (4 * (products + ada), 2 * 2 * products + 4 * 2 * 128 * 2)
     assert scales[2] == (4 * products, 2 * 2 * 16 * products + 4 * 2 * 16 * 21 * 128 * 2)
     assert decoder[1] > 0
-    case = benchmark.Case({}, 1, [(6e9, 1e9), (1e9, 8e9)], 0.0)
+    wide, narrow = ((8, 4, k, k) for k in (3, 1))
+    assert benchmark._convolution((1, 4, 5, 5), wide, out_shape=(1, 8, 5, 5)) == 2 * 200 * 36 / 4
+    assert benchmark._convolution((1, 4, 5, 5), narrow, out_shape=(1, 8, 5, 5)) == 2 * 200 * 4
+    case = benchmark.Case({}, lambda _: 0.0, 1, [(6e9, 1e9), (1e9, 8e9)])
     limits = {"read GB/s": 2.0, "bfloat16 GEMM GFLOP/s": 1.0, "float32 GEMM GFLOP/s": 4.0}
     assert benchmark._floor(case, limits, torch.bfloat16) == 3.0 + 2.0
 

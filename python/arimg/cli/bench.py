@@ -34,7 +34,12 @@ def add_commands(commands: Any) -> None:
     models.add_argument("--repeat", type=int, default=3, help="timed runs of each (default 3)")
     models.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     models.add_argument("--seed", type=int, default=0)
-    models.add_argument("--json", type=Path, metavar="FILE", help="writes the result here, too")
+    models.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="writes the result here, too; after Ctrl-C what there is of it",
+    )
     models.add_argument("--plot", type=Path, metavar="FILE", help="draws a bar chart (needs matplotlib)")
 
 
@@ -46,8 +51,10 @@ def run_models(args: argparse.Namespace) -> None:
     if args.plot is not None:
         benchmark.require_matplotlib()
     result = benchmark.measure(settings, progress=True)
-    print(benchmark.table(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(benchmark.table(result))
     if args.plot is not None:
         benchmark.plot(result, args.plot)
+    if result["interrupted"]:  # said by exit code, too
+        raise KeyboardInterrupt

@@ -8,6 +8,7 @@ top-k and top-p sort, and the decoder runs torch's modules in their default layo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def _attention(attn: Any, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
     qkv = F.linear(x, attn.mat_qkv.weight, bias).view(b, l, 3, attn.heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if attn.l2_norm:
-        scale = attn.scale_mul_1H11.clamp_max(torch.log(torch.tensor(100.0)).item()).exp()
+        scale = attn.scale_mul_1H11.clamp_max(math.log(100)).exp()
         q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
     if cache:
         k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
