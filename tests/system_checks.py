@@ -4,16 +4,19 @@ that every system passes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from arimg import ops, reference
-from arimg.generators.loop import Turn, generate
+from arimg.generators.loop import ALWAYS, Turn, generate
 from arimg.tokenizers import VQVAE
 from conftest import Backend
+from pretend_cuda import CUDA, pretend_cuda
 
 LABELS, SEEDS = (1, 0, 2), (9, 3, 8)
 
@@ -93,3 +96,47 @@ def check_rows_alone(model: Any, **options: Any) -> Tensor:
         assert torch.equal(alone[0], together[b])
     assert not torch.equal(together[0], together[1])
     return together
+
+
+def same_tokens_emulated(
+    model: Any, labels: Sequence[int] = LABELS, rtol: float = 5e-5, **options: Any
+) -> None:
+    """The whole model on the emulated CUDA kernels draws what it draws on the CPU.
+
+    Each pass goes on from the tokens of the CPU, so that logits compare all the way. A token may differ only
+    where the rounding of logits decided: from the CPU's logits the kernels draw the CPU's tokens, and no more
+    than one of a hundred differs.
+    """
+    recorded = iter(turns_of(model, labels, **options))
+    rule = options.get("commit") or getattr(model, "commit", ALWAYS)
+    settle, flips, count = type(rule).settle, 0, 0
+
+    def drawn(of: Turn, kept: Turn) -> Tensor:
+        """Its tokens; of drafts only those that are kept."""
+        tokens = of.drawn.cpu()
+        return tokens if kept.length is None else tokens.where(kept.final.cpu(), -1)  # type: ignore[union-attr]
+
+    def replayed(self: Any, turn: Turn) -> None:
+        nonlocal flips, count
+        expected = next(recorded)
+        assert close(turn.logits.cpu(), expected.logits, rtol)
+        before = turn.tokens, turn.final
+        settle(self, turn)
+        differs = int((drawn(turn, expected) != drawn(expected, expected)).sum())
+        if differs:
+            turn.tokens, turn.final = before
+            turn.logits = expected.logits.to(CUDA)
+            settle(self, turn)
+            assert torch.equal(drawn(turn, expected), drawn(expected, expected))
+        flips, count = flips + differs, count + expected.drawn.numel()
+        for name in ("tokens", "final", "length"):
+            kept = getattr(expected, name)
+            setattr(turn, name, None if kept is None else kept.to(CUDA))
+        turn.done = expected.done
+
+    with pretend_cuda(), mock.patch.object(type(rule), "settle", replayed):
+        moved = copy.deepcopy(model).to(CUDA)
+        seed = torch.tensor(SEEDS[: len(labels)], device=CUDA)
+        for _ in turns_of(moved, labels, **{"seed": seed, **options}):
+            pass
+    assert next(recorded, None) is None and count > 0 and flips <= count // 100

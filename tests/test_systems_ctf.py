@@ -135,3 +135,8 @@ def test_loss_pictures_and_what_does_not_fit() -> None:
     assert find("ctf").title == "CTF"
     with pytest.raises(ValueError, match="expected 2 to 40 clusters, got 41"):
         CtfModel(checks.tokenizer(), 3, clusters=41, **SMALL)
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
+    checks.same_tokens_emulated(model())
+    checks.same_tokens_emulated(model(), sampler=Sampler(top_k=1))

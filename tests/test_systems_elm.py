@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import system_checks as checks
+from arimg.generators.loop import Sampler
 from arimg.systems import find
 from arimg.systems.elm import BinaryQuantizer, ElmModel, pack, unpack
 from arimg.systems.tokenizer import around
@@ -117,3 +118,8 @@ def test_two_small_heads_say_as_much_as_a_large_one() -> None:
     one, two = (picture_nll(chunks, 0) for chunks in (1, 2))
     # The entropy is 2.785; seeds 0 and 1: 2.83 and 2.81 with two heads, 2.90 and 2.88 with one.
     assert 2.75 < two < one + 0.05 and one < 3.0
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
+    checks.same_tokens_emulated(model())
+    checks.same_tokens_emulated(model(), sampler=Sampler(top_k=1))

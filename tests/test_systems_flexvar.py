@@ -16,7 +16,7 @@ from arimg.systems.flexvar import FlexSession, FlexVAR, random_sides
 from arimg.systems.tokenizer import around
 from arimg.tokenizers import SCALES_256, VQVAE
 from conftest import Backend
-from system_checks import LABELS, check_rows_alone, close, spread, tokens_of, turns_of
+from system_checks import LABELS, check_rows_alone, close, same_tokens_emulated, spread, tokens_of, turns_of
 
 SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
 SCHEDULES = (
@@ -223,3 +223,8 @@ def test_what_does_not_fit_is_refused(model: FlexVAR) -> None:
     plain = list(generate(model, torch.tensor([0]), sampler=Sampler()))
     assert plain[0].logits.shape == (1, 1, 64) and tokens_of(plain).shape == (1, 103)
     assert find("flexvar").title == "FlexVAR"
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model: FlexVAR) -> None:
+    same_tokens_emulated(model)
+    same_tokens_emulated(model, sampler=Sampler(top_k=1))

@@ -13,7 +13,7 @@ from arimg.systems import find
 from arimg.systems.hmar import HMAR, RELEASED_STRENGTH, WEIGHTS, HmarSession, refine, scale_weights
 from arimg.tokenizers import VQVAE
 from conftest import Backend
-from system_checks import LABELS, check_rows_alone, close, spread, turns_of
+from system_checks import LABELS, check_rows_alone, close, same_tokens_emulated, spread, turns_of
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +191,8 @@ def test_full_size_and_refusals() -> None:
     ]
     assert sum(1 if p is None else p.steps for p in plans) == 14  # the passes as published
     assert find("hmar").title == "HMAR"
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model: HMAR) -> None:
+    same_tokens_emulated(model)
+    same_tokens_emulated(model, sampler=Sampler(top_k=1))

@@ -101,3 +101,8 @@ def test_pictures_are_those_of_the_tokens() -> None:
     assert torch.allclose(pictures[1:], m.pictures(torch.tensor([1]), seed=5), atol=1e-5)
     assert not any("tokenizer" in name for name in m.state_dict())  # saved beside the model
     assert find("llamagen").title == "LlamaGen"
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
+    checks.same_tokens_emulated(model())
+    checks.same_tokens_emulated(model(), sampler=Sampler(top_k=1))

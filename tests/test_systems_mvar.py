@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from arimg import reference
-from arimg.generators.loop import generate
+from arimg.generators.loop import Sampler, generate
 from arimg.systems import find
 from arimg.systems.mvar import MVAR, MvarSession
 from arimg.tokenizers import VQVAE
 from conftest import Backend
-from system_checks import LABELS, check_rows_alone, close, spread, tokens_of, turns_of
+from system_checks import LABELS, check_rows_alone, close, same_tokens_emulated, spread, tokens_of, turns_of
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +108,8 @@ def test_full_size_pairs_and_refusals() -> None:
     with pytest.raises(ValueError, match="expected shared_adaln=False, got True"):
         MVAR(VQVAE(8, 4, 8, (1, 1), [1, 2], blocks=1), 1, depth=1, width=64, heads=2, shared_adaln=True)
     assert find("mvar").title == "M-VAR"
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model: MVAR) -> None:
+    same_tokens_emulated(model)
+    same_tokens_emulated(model, sampler=Sampler(top_k=1))

@@ -129,3 +129,8 @@ def test_pictures_stand_in_raster_order() -> None:
     assert list(m.ways()) == ["NAR", "token by token"] and find("nar").family == "raster"
     with pytest.raises(ValueError, match=r"expected indices \[1, 15\], got \[1, 14\]"):
         m(torch.tensor([0]), tokens[:1, :14])
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
+    checks.same_tokens_emulated(model())
+    checks.same_tokens_emulated(model(), sampler=Sampler(top_k=1))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import released
 from arimg import ops, reference
+from arimg.generators.loop import Sampler
 from arimg.nn.band_quantizer import BandQuantizer
 from arimg.systems import find
 from arimg.systems.nfig import NFIG, quantizer
@@ -18,6 +19,7 @@ from system_checks import (
     check_rows_alone,
     check_ways,
     close,
+    same_tokens_emulated,
     spread,
     tokens_of,
     turns_of,
@@ -126,3 +128,8 @@ def test_at_full_size_its_shapes_are_those_of_var() -> None:
         big = NFIG(VQVAE(), 1000, depth=16)
     assert released.shapes_of(big) == released.var(16, False, True, 680)
     assert find("nfig").family == "next-frequency"
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model: NFIG) -> None:
+    same_tokens_emulated(model)
+    same_tokens_emulated(model, sampler=Sampler(top_k=1))

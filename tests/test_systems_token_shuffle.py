@@ -112,3 +112,8 @@ def test_pictures_and_what_does_not_fit() -> None:
     assert find("token-shuffle").title == "Token-Shuffle"
     with pytest.raises(ValueError, match="expected a window whose side divides the 4 tokens of a row"):
         model(3)
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
+    checks.same_tokens_emulated(model())
+    checks.same_tokens_emulated(model(), sampler=Sampler(top_k=1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import released
+from arimg.generators.loop import Sampler
 from arimg.generators.var import VarSession
 from arimg.systems.var import VarModel
 from arimg.tokenizers import VQVAE
@@ -17,6 +18,7 @@ from system_checks import (
     check_rows_alone,
     check_ways,
     close,
+    same_tokens_emulated,
     spread,
     tokens_of,
     turns_of,
@@ -83,3 +85,8 @@ def test_it_learns(model: VarModel) -> None:
     torch.manual_seed(0)
     fresh = VarModel(model.tokenizer, 2, depth=1, width=32, heads=2)
     check_learns(fresh, torch.randint(40, (2, 30)), torch.tensor([0, 1]))
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model: VarModel) -> None:
+    same_tokens_emulated(model)
+    same_tokens_emulated(model, sampler=Sampler(top_k=1))

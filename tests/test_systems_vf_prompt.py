@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import system_checks as checks
+from arimg.generators.loop import Sampler
 from arimg.systems import find
 from arimg.systems.vf_prompt import PICTURES, VfPromptModel
 
@@ -124,3 +125,8 @@ def test_a_prompt_of_the_class_tells_its_mode_and_a_universal_one_does_not() -> 
     informed, blind = (first_token_nll(kind, 0) for kind in ("class", "universal"))
     # seeds 0, 1, 2: 0.70 each, and 1.9 to 2.7: without a hint the network runs after the last modes
     assert informed < 0.9 and blind > 1.3
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
+    checks.same_tokens_emulated(model())
+    checks.same_tokens_emulated(model(), sampler=Sampler(top_k=1))

@@ -16,6 +16,7 @@ from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.layout import Layout, Visibility
 from arimg.nn import checkpoint
 from arimg.nn.adaln import AdaLNBeforeHead, AdaLNBlock, Attend, Drop, HeadModulation, Modulation, run_blocks
+from arimg.nn.follow import follow
 from arimg.nn.labels import class_labels, drop_labels, with_unconditional
 from arimg.nn.linear import Linear
 from arimg.reference.kv_cache import split_qk_norm
@@ -116,6 +117,12 @@ class VAR(nn.Module):
     @property
     def tokenizer(self) -> VQVAE:
         return self._tokenizer[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`.to(device)` takes the tokenizer along."""
+        moved = super()._apply(fn, recurse)
+        follow(self.tokenizer, self.word_embed.weight.device)
+        return moved
 
     @property
     def _blocks(self) -> list[AdaLNBlock]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from arimg.data.images import Images
 from arimg.generators.loop import Sampler, Session, Turn, final_tokens, generate
+from arimg.nn.follow import follow
 
 FAMILIES = ("next-scale", "next-frequency", "raster", "any-order", "speculative")
 
@@ -33,6 +34,14 @@ class SystemModel(nn.Module, ABC):
             hidden.__set__(self, value)
         else:
             super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`.to(device)` takes the hidden modules along."""
+        moved = super()._apply(fn, recurse)
+        hidden = {n for c in type(self).__mro__ for n, v in vars(c).items() if isinstance(v, Hidden)}
+        for module in (getattr(self, name) for name in sorted(hidden)):
+            follow(module, next(self.parameters()).device)
+        return moved
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Images [B, 3, S, S] in [0, 1] -> what training sees of them, [B, ...] (tokens, mostly)."""
