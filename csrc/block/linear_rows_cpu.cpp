@@ -8,7 +8,7 @@ namespace arimg {
 namespace ARIMG_SIMD {
 
 static constexpr int64_t BLOCK = LINEAR_BLOCK;
-static constexpr int64_t PANEL = 64;  // outputs that go through the epilogue together
+static constexpr int64_t PANEL = 256;  // outputs that go through the epilogue together
 
 struct Int4 {};  // the storage type of int4 blocks
 
@@ -158,8 +158,15 @@ static ARIMG_INLINE void add_block(F32 (&sum)[R][M], const Pairs<T>* const (&w)[
 }
 #endif
 
+// With one or two rows of x memory is the limit (but for codes, which take longer to widen than to read).
+// Then the rows of a tile lie far apart and those of the next tile follow them: R long streams, which the
+// hardware fetches ahead. Otherwise tiles of neighbouring rows are asked for ahead, as the hardware starts
+// each row anew.
+template <typename T, int M>
+static constexpr bool FAR_APART = M <= 2 && !Storage<T>::scaled;
+
 // Asks for the block at input i of the next tile's rows, for the second-level cache: by the time they are
-// needed they are there. The hardware alone starts a row anew at its begin.
+// needed they are there.
 template <typename T, int R>
 static ARIMG_INLINE void prefetch_block(const T* const (&w)[R], int64_t to_next_tile, int64_t i) {
   constexpr int64_t bytes = BLOCK * Storage<T>::bits / 8, line = 64;
@@ -171,15 +178,15 @@ static ARIMG_INLINE void prefetch_block(const T* const (&w)[R], int64_t to_next_
       __builtin_prefetch((const char*)w[r] + to_next_tile + begin + byte, 0, 2);
 }
 
-// Sums of outputs [o, o + R) for rows [0, M) of x into out[m * PANEL + r].
+// Sums of outputs o + r * step, r < R, for rows [0, M) of x into out[m * PANEL + r * step].
 template <typename T, int R, int M>
 static void dot_tile(const LinearRows& p, const LinearRows::Weight& weight, const float* x, int64_t o,
-                     float* out) {
+                     int64_t step, float* out) {
   using In = typename Storage<T>::In;
   const int64_t stride = x_stride(p), whole = Storage<T>::scaled ? whole_blocks(p.in) : p.in / BLOCK * BLOCK;
   const int64_t groups = Storage<T>::scaled ? linear_groups(p) : 1;
   const T* w[R];
-  for (int r = 0; r < R; ++r) w[r] = (const T*)((const char*)weight.data + (o + r) * weight.row_bytes);
+  for (int r = 0; r < R; ++r) w[r] = (const T*)((const char*)weight.data + (o + r * step) * weight.row_bytes);
   F32 total[R][M];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) total[r][m] = F32(0.f);
@@ -190,7 +197,7 @@ static void dot_tile(const LinearRows& p, const LinearRows::Weight& weight, cons
     int64_t end = g + 1 < groups ? (g + 1) * p.group : whole;
     for (int64_t i = g * p.group; i < end; i += BLOCK) {
       add_block(sum, w, i, (const float*)((const In*)x + i), stride);
-      prefetch_block<T>(w, R * weight.row_bytes, i);
+      if constexpr (!FAR_APART<T, M>) prefetch_block<T>(w, R * weight.row_bytes, i);
     }
     if (!Storage<T>::scaled && whole < p.in) {
       // The rest of the rows, through a copy: nothing beyond them is read.
@@ -207,7 +214,7 @@ static void dot_tile(const LinearRows& p, const LinearRows::Weight& weight, cons
     for (int r = 0; r < R; ++r) {
       for (int m = 0; m < M; ++m) {
         if constexpr (Storage<T>::scaled) {
-          F32 scale(weight.scale[(o + r) * groups + g]);
+          F32 scale(weight.scale[(o + r * step) * groups + g]);
           total[r][m] = mul_add(sum[r][m], scale, total[r][m]);
         } else {
           total[r][m] = sum[r][m];
@@ -216,30 +223,29 @@ static void dot_tile(const LinearRows& p, const LinearRows::Weight& weight, cons
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) out[m * PANEL + r] = sum_lanes(total[r][m]);
+    for (int m = 0; m < M; ++m) out[m * PANEL + r * step] = sum_lanes(total[r][m]);
 }
 
 // Outputs [o, o + n), all rows: out[m * PANEL + i].
 template <typename T, int M>
 static void dot_panel(const LinearRows& p, const LinearRows::Weight& weight, const float* x, int64_t o, int n,
                       float* out) {
-  // As many as sums fit the registers, and at most 8 rows of weights at a time: more streams of memory at
-  // once read no faster, fewer do.
-  constexpr int R = W == 16 ? (M <= 2 ? 8 : 16 / M) : (M <= 2 ? 4 : 8 / M);
-  const int64_t rows = padded_rows(p), step = M * x_stride(p);
-  const char* first = (const char*)x;
-  for (int i = 0; i < n;) {
-    bool full = i + R <= n;
-    // After the first rows the weights of the tile come from the cache.
+  // As many rows of weights as sums fit the registers, but more than four long streams read no faster.
+  constexpr int fit = W == 16 ? (M <= 2 ? 8 : 16 / M) : (M <= 2 ? 4 : 8 / M);
+  constexpr int R = FAR_APART<T, M> ? 4 : fit;
+  const int tiles = n / R, step = FAR_APART<T, M> ? tiles : 1;
+  const int64_t rows = padded_rows(p), next = M * x_stride(p) * sizeof(typename Storage<T>::In);
+  // After the first rows of x the weights of a tile come from the cache.
+  for (int i = 0; i < tiles; ++i)
     for (int64_t m = 0; m < rows; m += M) {
-      const float* in = (const float*)(first + m / M * step * sizeof(typename Storage<T>::In));
-      if (full)
-        dot_tile<T, R, M>(p, weight, in, o + i, out + m * PANEL + i);
-      else
-        dot_tile<T, 1, M>(p, weight, in, o + i, out + m * PANEL + i);
+      const int at = FAR_APART<T, M> ? i : i * R;
+      dot_tile<T, R, M>(p, weight, (const float*)((const char*)x + m / M * next), o + at, step,
+                        out + m * PANEL + at);
     }
-    i += full ? R : 1;
-  }
+  for (int i = tiles * R; i < n; ++i)
+    for (int64_t m = 0; m < rows; m += M)
+      dot_tile<T, 1, M>(p, weight, (const float*)((const char*)x + m / M * next), o + i, 1,
+                        out + m * PANEL + i);
 }
 
 template <typename T>
