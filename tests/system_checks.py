@@ -54,6 +54,15 @@ def close(got: Tensor, expected: Tensor, rtol: float = 1e-5) -> bool:
     return bool((got - expected).abs().max() <= rtol * expected.abs().max()) and bool(expected.std() > 0.1)
 
 
+def check_loads(model: Any, state: dict[str, Tensor], **options: Any) -> None:
+    """The structure comes from a state dict, all its tensors are taken, and the model draws as its twin."""
+    twin = type(model).from_state_dict(state, tokenizer=model.tokenizer, **options)
+    assert type(twin) is type(model) and twin.config() == model.config() and not twin.training
+    assert all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(tokens_of(turns_of(twin)), tokens_of(turns_of(model)))
+
+
 def check_ways(model: Any, rtol: float = 2e-5) -> None:
     """The plain method is listed last and draws what the system's own does, from the same logits."""
     (name, own), (plain_name, plain) = model.ways().items()

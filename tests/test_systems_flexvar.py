@@ -16,7 +16,16 @@ from arimg.systems.flexvar import FlexSession, FlexVAR, random_sides
 from arimg.systems.tokenizer import around
 from arimg.tokenizers import SCALES_256, VQVAE
 from conftest import Backend
-from system_checks import LABELS, check_rows_alone, close, same_tokens_emulated, spread, tokens_of, turns_of
+from system_checks import (
+    LABELS,
+    check_loads,
+    check_rows_alone,
+    close,
+    same_tokens_emulated,
+    spread,
+    tokens_of,
+    turns_of,
+)
 
 SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
 SCHEDULES = (
@@ -201,11 +210,7 @@ def test_names_and_shapes_are_the_released_ones(depth: int) -> None:
 def test_a_released_state_dict_gives_the_structure_and_is_loaded(model: FlexVAR) -> None:
     shapes = released.flexvar(2, 103, grid=8, vocab=64, c=32, heads=2, classes=3, z=16)
     state = released.random_state(shapes)
-    twin = FlexVAR.from_state_dict(state, tokenizer=model.tokenizer)
-    assert isinstance(twin, FlexVAR) and twin.config() == model.config() and not twin.training
-    assert all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(tokens_of(turns_of(twin)), tokens_of(turns_of(model)))
+    check_loads(model, state)
     with pytest.raises(ValueError, match="expected 'pos_1LC' with 4 dimensions, got shape"):
         FlexVAR.from_state_dict({**state, "pos_1LC": torch.zeros(1, 103, 32)}, tokenizer=model.tokenizer)
     del state["head.bias"]

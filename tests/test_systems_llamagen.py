@@ -28,12 +28,7 @@ def expected() -> Tensor:
 def test_a_released_state_dict_gives_the_structure_and_is_loaded() -> None:
     m = model()
     state = released.random_state(released.llamagen(2, 32, 48, vocab=40, classes=3))
-    options = {"tokenizer": m.tokenizer, "heads": 2, "dropout": 0.0, "class_dropout": 0.0}
-    twin = GridModel.from_state_dict(state, **options)
-    assert isinstance(twin, GridModel) and twin.config() == m.config() and not twin.training
-    assert all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
-    twin.load_state_dict(m.state_dict())
-    assert torch.equal(checks.tokens_of(checks.turns_of(twin)), checks.tokens_of(checks.turns_of(m)))
+    checks.check_loads(m, state, heads=2, dropout=0.0, class_dropout=0.0)
 
 
 def test_cached_logits_equal_teacher_forced_ones() -> None:

@@ -15,6 +15,7 @@ from system_checks import (
     LABELS,
     check_draws,
     check_learns,
+    check_loads,
     check_rows_alone,
     check_ways,
     close,
@@ -38,11 +39,7 @@ def test_a_released_state_dict_gives_the_structure_and_is_loaded(model: VarModel
     size = {"c": 32, "heads": 2, "classes": 3, "vocab": 40, "z": 8, "scales": 4}
     shapes = released.var(2, False, True, 30, **size)
     state = released.random_state(shapes | released.var_constants(2, 32, 30))
-    twin = VarModel.from_state_dict(state, tokenizer=model.tokenizer)
-    assert isinstance(twin, VarModel) and twin.config() == model.config()
-    assert all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(tokens_of(turns_of(twin)), tokens_of(turns_of(model)))
+    check_loads(model, state)
 
 
 def test_masked_logits_are_the_cached_ones_and_f_hat_is_the_running_one(model: VarModel) -> None:

@@ -13,8 +13,8 @@ from arimg import ops
 from arimg.generators.scale_text import ScaleBlock
 from arimg.nn import checkpoint
 from arimg.nn.adaln import HeadModulation, Modulation
-from arimg.nn.conditioning import Text
-from arimg.nn.linear import Linear, linear
+from arimg.nn.conditioning import Text, keys_without_bias
+from arimg.nn.linear import Linear
 
 EPS = 1e-6  # of all norms
 _CHUNKED = re.compile(r"block_chunks\.(\d+)\.module\.(\d+)\.")
@@ -87,10 +87,8 @@ class Pool(nn.Module):
 
     def forward(self, text: Text) -> Tensor:
         """[B, C]"""
-        rows, (_, heads, dim) = len(text.states), self.mat_q.shape
-        bias = torch.cat((torch.zeros_like(self.v_bias), self.v_bias))
-        kv = linear(text.states, self.mat_kv.weight, bias).unflatten(-1, (2, heads, dim))
-        k, v = (t.contiguous() for t in kv.permute(2, 0, 3, 1, 4))
+        rows, heads = len(text.states), self.mat_q.shape[1]
+        k, v = keys_without_bias(text.states, self.mat_kv.weight, self.v_bias, heads)
         q = self.mat_q[:, :, None].expand(rows, -1, -1, -1).contiguous().to(k.dtype)
         end = text.lengths[:, None].contiguous()
         out = ops.row_interval_attention(q, k, v, torch.zeros_like(end), end)

@@ -136,11 +136,8 @@ class LlamaGen(nn.Module):
         for the released models of 384 px.
         """
         sizes = cls._sizes(state, heads) | cls._condition_sizes(state) | options
-        with torch.device("meta"):
-            model = cls(**sizes)
-        model = model.to(state["layers.0.attention.wqkv.weight"].dtype).to_empty(device="cpu").eval()
-        checkpoint.load_checked(model, state, cls.__name__)
-        return model
+        dtype = state["layers.0.attention.wqkv.weight"].dtype
+        return checkpoint.built(lambda: cls(**sizes), state, cls.__name__, dtype)
 
     @staticmethod
     def _sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:

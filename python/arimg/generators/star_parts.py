@@ -14,7 +14,7 @@ from arimg.generators.scale_text import ScaleBlock, masked
 from arimg.layout import Visibility
 from arimg.nn import checkpoint
 from arimg.nn.adaln import MAX_LOG_SCALE
-from arimg.nn.conditioning import Text
+from arimg.nn.conditioning import Text, keys_without_bias
 from arimg.nn.linear import Linear, linear
 from arimg.reference.kv_cache import Rope
 
@@ -68,10 +68,8 @@ class NormedCross(nn.Module):
 
     def keys(self, text: Text) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, T, D]: once for a generation."""
-        bias = torch.cat((torch.zeros_like(self.v_bias), self.v_bias))
-        kv = linear(text.states, self.mat_kv.weight, bias)
-        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return F.normalize(k, dim=-1), v.contiguous()
+        k, v = keys_without_bias(text.states, self.mat_kv.weight, self.v_bias, self.heads)
+        return F.normalize(k, dim=-1), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         """x [B, L, C], keys and values as `keys` gives them, lengths int32 [B]."""

@@ -169,11 +169,7 @@ class VAR(nn.Module):
         """
         sizes = cls._sizes(state, heads) | options
         tokenizer = cls._fitted(tokenizer, state)
-        with torch.device("meta"):
-            model = cls(tokenizer, **sizes)
-        model = model.to_empty(device="cpu").eval()
-        checkpoint.load_checked(model, state, cls.__name__)
-        return model
+        return checkpoint.built(lambda: cls(tokenizer, **sizes), state, cls.__name__)
 
     @classmethod
     def _sizes(cls, state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:

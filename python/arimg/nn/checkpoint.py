@@ -1,15 +1,16 @@
 """Files of weights: safetensors with the configuration in its metadata, or a plain state dict."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
 Theirs = str | tuple[str, ...]  # names of one or of several tensors
 _KEY = "arimg"  # metadata entry: {"kind": class name, "config": constructor arguments}
 
@@ -98,6 +99,20 @@ def translated(
     if left:
         raise ValueError(f"expected the state dict of a {what}, got one with {min(left)!r}")
     return out
+
+
+def built(
+    make: Callable[[], Model], state: Mapping[str, Tensor], what: str, dtype: torch.dtype | None = None
+) -> Model:
+    """The model that `make` gives, in evaluation mode, with these weights; none are drawn at random first.
+
+    dtype: of its weights, else float32. Raises ValueError where names or shapes do not fit.
+    """
+    with torch.device("meta"):
+        model = make()
+    model = model.to(dtype=dtype).to_empty(device="cpu").eval()
+    load_checked(model, state, what)
+    return model
 
 
 def load_checked(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.nn.labels import class_labels
-from arimg.nn.linear import Linear
+from arimg.nn.linear import Linear, linear
 
 
 class Text(NamedTuple):
@@ -96,6 +96,17 @@ class Conditioner(nn.Module):
         return class_labels(labels, self.num_classes, self.table.device)
 
 
+def keys_without_bias(states: Tensor, weight: Tensor, v_bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, T, D] of states [B, T, C] by one product; weight [2 H D, C], v_bias [H D]."""
+    return by_head(linear(states, weight, torch.cat((torch.zeros_like(v_bias), v_bias))), heads)
+
+
+def by_head(kv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values side by side, [B, T, 2 H D] -> [B, H, T, D] each."""
+    k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    return k.contiguous(), v.contiguous()
+
+
 class CrossAttention(nn.Module):
     """Attention of picture tokens over the states of a text, each row over its own."""
 
@@ -107,8 +118,7 @@ class CrossAttention(nn.Module):
 
     def keys(self, text: Text) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, T, D]: once for a generation."""
-        k, v = self.to_kv(text.states).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return k.contiguous(), v.contiguous()
+        return by_head(self.to_kv(text.states), self.heads)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         """x [B, L, C], keys and values as `keys` gives them, lengths int32 [B]."""

@@ -25,7 +25,7 @@ from arimg.guidance import Guidance, linear
 from arimg.nn import checkpoint
 from arimg.nn.scale_quantizer import QuantizerOutput
 from arimg.systems.base import Hidden, System, SystemModel
-from arimg.systems.llamagen import SIZE
+from arimg.systems.llamagen import SIZE, GridModel
 from arimg.systems.tokenizer import quantizer_tokenizer, scale_tokenizer
 from arimg.tokenizers import VQVAE
 
@@ -96,9 +96,8 @@ class ElmModel(LlamaGen, SystemModel):
     def _sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
         """The tokenizer, an option of `from_state_dict`, says how many bits there are."""
         table = checkpoint.tensor_of(state, "tok_embedder.0.weight", 2, "ELM")
-        sizes = LlamaGen._sizes({**state, "tok_embeddings.weight": table}, heads)
-        sizes["chunks"] = checkpoint.count(state, "tok_embedder.")
-        return {name: n for name, n in sizes.items() if name != "vocab_size"}
+        sizes = GridModel._sizes({**state, "tok_embeddings.weight": table}, heads)
+        return {**sizes, "chunks": checkpoint.count(state, "tok_embedder.")}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n, K] -> [B, n, C]."""

@@ -95,11 +95,7 @@ class Infinity(ScaleText, SystemModel):
             "text_width": nothing.shape[1],
             "tokens": len(nothing),
         }
-        with torch.device("meta"):
-            model = cls(tokenizer, 1, **sizes | options)
-        model = model.to_empty(device="cpu").eval()
-        checkpoint.load_checked(model, ours, "Infinity")
-        return model
+        return checkpoint.built(lambda: cls(tokenizer, 1, **sizes | options), ours, "Infinity")
 
     def told(self, text: Text) -> Told:
         normed = Text(self.text_norm(text.states), text.lengths)

@@ -25,6 +25,7 @@ from arimg.nn.conditioning import Conditioner, Text
 from arimg.nn.rope import rope_1d
 from arimg.reference.kv_cache import Rope
 from arimg.systems.base import Hidden, System, SystemModel
+from arimg.systems.llamagen import GridModel
 from arimg.systems.tokenizer import grid_tokenizer
 from arimg.tokenizers import VQVAE
 
@@ -79,8 +80,7 @@ class LuminaModel(LlamaGen, SystemModel):
 
     @staticmethod
     def _sizes(state: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
-        sizes = LlamaGen._sizes(state, heads)
-        return {name: n for name, n in sizes.items() if name != "vocab_size"}
+        return GridModel._sizes(state, heads)
 
     @staticmethod
     def _condition_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:

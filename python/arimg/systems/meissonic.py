@@ -121,11 +121,7 @@ class MeissonicModel(SystemModel):
             "compress": compress,
             "steps": 64,
         }
-        with torch.device("meta"):
-            model = cls(tokenizer, 1, **sizes | options)
-        model = model.to_empty(device="cpu").eval()
-        checkpoint.load_checked(model, ours, "Meissonic")
-        return model
+        return checkpoint.built(lambda: cls(tokenizer, 1, **sizes | options), ours, "Meissonic")
 
     @property
     def layout(self) -> Layout:

@@ -99,11 +99,7 @@ class Star(ScaleText, SystemModel):
             "text_width": kv.shape[1],
             "tokens": len(nothing),
         }
-        with torch.device("meta"):
-            model = cls(tokenizer, 1, **sizes | options)
-        model = model.to_empty(device="cpu").eval()
-        checkpoint.load_checked(model, ours, "STAR")
-        return model
+        return checkpoint.built(lambda: cls(tokenizer, 1, **sizes | options), ours, "STAR")
 
     @property
     def commit(self) -> EachStep:
@@ -146,12 +142,12 @@ class Star(ScaleText, SystemModel):
         maps = self.tokenizer.quantize.generator_input(scales)
         h = self.taught(text, maps)
         loss = F.cross_entropy(self.scores(h).flatten(0, 1), examples.flatten())
-        wrong, count = h.new_zeros(()), h.new_zeros(())
+        wrong, count, rope = h.new_zeros(()), h.new_zeros(()), self.rope()
         for k in range(self.refined_from, len(scales)):
             start, end = self.layout.segments[k]
             share = torch.rand(len(examples), 1, device=h.device).arccos() * 2 / torch.pi
             open_ = torch.rand(len(examples), end - start, device=h.device) < share
-            logits = self.refine(h[:, start:end].detach(), scales[k], ~open_, text.last, k)
+            logits = self.refine(h[:, start:end].detach(), scales[k], ~open_, text.last, k, rope)
             each = F.cross_entropy(logits.flatten(0, 1), scales[k].flatten(), reduction="none")
             wrong, count = wrong + (each.view_as(open_) * open_).sum(), count + open_.sum()
         return loss + wrong / count.clamp(min=1)

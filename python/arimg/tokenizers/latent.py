@@ -131,18 +131,27 @@ class LatentTokenizer(nn.Module):
         features = self.source.features(images)
         z = self.latents(features)
         clean = self.nearest(z)
+        noisy, _, tail = self._behind_noise(features, z, clean, group)
+        behind = self.nearest(tail)
+        targets = torch.cat((clean[:, : noisy.shape[1]], behind), 1)
+        return Corrected(torch.cat((noisy, behind), 1), targets)
+
+    def _behind_noise(
+        self, features: Tensor, z: Tensor, clean: Tensor, group: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens up to the end of a step that has become noise, their codes, and the latents behind them."""
         noisy = self._noisy(z, clean, group)
-        end = self.layout.segments[group][1]
-        tail = self.nearest(self.latents(features, ops.lookup(noisy[:, :end], self.directions())))[:, end:]
-        return Corrected(torch.cat((noisy[:, :end], tail), 1), torch.cat((clean[:, :end], tail), 1))
+        known = ops.lookup(noisy, self.directions()).detach()
+        return noisy, known, self.latents(features, known)[:, noisy.shape[1] :]
 
     def _noisy(self, z: Tensor, clean: Tensor, group: int) -> Tensor:
+        """Tokens up to the end of the step."""
         start, end = self.layout.segments[group]
         part = z[:, start:end].detach()
         k = min(NEIGHBOURS, self.vocab_size)
         _, near = ops.nearest_codes(part.flatten(0, 1), self.directions().detach(), k, "dot")
         drawn = near.gather(1, torch.randint(k, (len(near), 1), device=near.device))
-        return torch.cat((clean[:, :start], drawn.view(part.shape[:2]), clean[:, end:]), 1)
+        return torch.cat((clean[:, :start], drawn.view(part.shape[:2])), 1)
 
     def forward(self, images: Tensor, tokens: int | None = None, group: int | None = None) -> VQVAEOutput:
         """Training: the picture of the first `tokens` (all of them), to be compared with `target`. group: a
@@ -153,13 +162,11 @@ class LatentTokenizer(nn.Module):
         index = self.nearest(z)
         codes, loss = self._through(z, index)
         if group is not None:
-            end = self.layout.segments[group][1]
-            index = self._noisy(z, index, group)
-            known = ops.lookup(index[:, :end], self.directions()).detach()
-            tail = self.latents(features, known)[:, end:]
-            index = torch.cat((index[:, :end], self.nearest(tail)), 1)
+            noisy, known, tail = self._behind_noise(features, z, index, group)
+            behind = self.nearest(tail)
+            index = torch.cat((noisy, behind), 1)
             if tail.shape[1]:
-                passed, more = self._through(tail, index[:, end:])
+                passed, more = self._through(tail, behind)
                 codes, loss = torch.cat((known, passed), 1), (loss + more) / 2
             else:
                 codes = known

@@ -97,11 +97,11 @@ class VQModel(nn.Module):
         if not widths:
             raise ValueError(f"expected the state dict of a {_WHAT}, got one without 'encoder.conv_blocks.0'")
         blocks = checkpoint.count(state, "encoder.conv_blocks.0.res.")
-        with torch.device("meta"):
-            model = cls(vocab, dim, z, ch, [w // ch for w in widths], blocks=blocks, **options)
-        model = model.to(state["encoder.conv_in.weight"].dtype).to_empty(device="cpu").eval()
-        checkpoint.load_checked(model, _renamed(state), _WHAT)
-        return model
+        multiples = [w // ch for w in widths]
+        return checkpoint.built(
+            lambda: cls(vocab, dim, z, ch, multiples, blocks=blocks, **options),
+            _renamed(state), _WHAT, state["encoder.conv_in.weight"].dtype,
+        )  # fmt: skip
 
     def features(self, images: Tensor) -> Tensor:
         """Images in [0, 1] -> directions before quantization, [B, h, w, D]."""
