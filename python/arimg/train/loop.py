@@ -9,6 +9,7 @@ Started by `torchrun --nproc-per-node N -m arimg train ...`, N processes share e
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import os
@@ -118,6 +119,7 @@ def start_processes() -> tuple[int, int]:
     """(rank, number of processes) of this run; joins the group that torchrun describes in the environment."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
