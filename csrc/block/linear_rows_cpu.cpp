@@ -18,12 +18,14 @@ struct Storage {
   using In = float;  // of the copy of x
   static constexpr int64_t bits = 8 * sizeof(T);
   static constexpr bool scaled = bits == 8;
+  static constexpr int far_rows = scaled ? 0 : 2;  // see FAR_APART
 };
 template <>
 struct Storage<Int4> {
   using In = float;
   static constexpr int64_t bits = 4;
   static constexpr bool scaled = true;
+  static constexpr int far_rows = 0;
 };
 // Weights of type T as bf16 numbers (exact for codes) for the dot instruction: 16 sums of two products each.
 template <typename T>
@@ -33,6 +35,7 @@ struct Storage<Pairs<T>> {
   using In = BFloat16;
   static constexpr int64_t bits = Storage<T>::bits;
   static constexpr bool scaled = Storage<T>::scaled;
+  static constexpr int far_rows = scaled ? 0 : 4;
 };
 
 // Rows of x that a tile takes; x is padded with rows of zeros. More than four rows of floats leave the first-
@@ -158,12 +161,12 @@ static ARIMG_INLINE void add_block(F32 (&sum)[R][M], const Pairs<T>* const (&w)[
 }
 #endif
 
-// With one or two rows of x memory is the limit (but for codes, which take longer to widen than to read).
-// Then the rows of a tile lie far apart and those of the next tile follow them: R long streams, which the
-// hardware fetches ahead. Otherwise tiles of neighbouring rows are asked for ahead, as the hardware starts
-// each row anew.
+// With few rows of x, all in one tile, memory is the limit (but for codes, which take longer to widen than to
+// read). Then the rows of a tile lie far apart and those of the next tile follow them: R long streams, which
+// the hardware fetches ahead. Otherwise tiles of neighbouring rows are asked for ahead, as the hardware
+// starts each row anew.
 template <typename T, int M>
-static constexpr bool FAR_APART = M <= 2 && !Storage<T>::scaled;
+static constexpr bool FAR_APART = M <= Storage<T>::far_rows;
 
 // Asks for the block at input i of the next tile's rows, for the second-level cache: by the time they are
 // needed they are there.
