@@ -93,14 +93,19 @@ def measure(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., float]:
 
 @pytest.fixture
 def paired(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., dict[str, float]]:
-    """paired(group, functions, rounds) -> median seconds by name; once a test.
+    """paired(group, functions, rounds, bytes) -> median seconds by name; once a test.
 
     The functions take turns, so that a change of the machine meets all of them. Each gives the seconds that
-    it took itself.
+    it took itself. bytes: what each reads in these seconds.
     """
     torch.set_num_threads(THREADS)
 
-    def run(group: str, functions: dict[str, Callable[[], float]], rounds: int = 3) -> dict[str, float]:
+    def run(
+        group: str,
+        functions: dict[str, Callable[[], float]],
+        rounds: int = 3,
+        bytes: dict[str, float] | None = None,
+    ) -> dict[str, float]:
         benchmark.group = group
         times: dict[str, list[float]] = {name: [] for name in functions}
 
@@ -110,6 +115,9 @@ def paired(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., dict[str
 
         benchmark.pedantic(turn, rounds=1 if SMOKE else rounds)
         rows = [_row(group, name, seconds) for name, seconds in times.items()]
+        for row in rows if bytes else ():
+            row["GB/s"] = bytes[row["name"]] / row["median_ms"] / 1e6
+            row["ceiling"], row["% read"] = "read", 100 * row["GB/s"] / ceilings["read GB/s"]
         benchmark.extra_info["rows"] = rows
         _rows.extend(rows)
         return {row["name"]: row["median_ms"] / 1e3 for row in rows}
