@@ -96,6 +96,15 @@ def check_learns(model: Any, examples: Tensor, labels: Tensor, steps: int = 30, 
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
+def check_apart(low: Sequence[float], high: Sequence[float]) -> None:
+    """What two methods reach with several seeds: each of `low` is below each of `high`, and the gap is wider
+    than the seeds of either method lie apart, so that no choice of the seed closes it.
+    """
+    assert len(low) > 2 and len(high) > 2
+    spread = max(max(reached) - min(reached) for reached in (low, high))
+    assert min(high) - max(low) > spread, (low, high)
+
+
 def check_rows_alone(model: Any, **options: Any) -> Tensor:
     """Row b alone draws what it draws in the batch, and again; rows differ. Returns the batch's tokens."""
     together = tokens_of(turns_of(model, **options))
