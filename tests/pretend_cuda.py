@@ -50,17 +50,24 @@ class OnCuda(torch.Tensor):
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"OnCuda({self.value})"
 
+    def tolist(self) -> Any:  # torch refuses it for wrappers
+        return self.cpu().tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{func} on a pretended tensor outside `pretend_cuda()`")
 
 
 class PretendCuda(TorchDispatchMode):
-    """Runs operators on the values. waits: how often which of them would have made the host wait."""
+    """Runs operators on the values. waits: how often which of them would have made the host wait; kernels and
+    on_host: how often which operator of arimg ran on tensors of the GPU, and on none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+        self.on_host: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,6 +85,8 @@ class PretendCuda(TorchDispatchMode):
 
         inner = tree_map(value, (args, dict(kwargs)))
         on_gpu = self._device(func, given, kwargs)
+        if func.namespace == "arimg_emulated":
+            (self.kernels if on_gpu else self.on_host)[func._opname] += 1
         if func is aten._fused_sdp_choice.default:
             return 0  # plain matrix products: the fused ones of the CPU have other operators
         if kwargs.get("device") is not None:

@@ -11,9 +11,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arimg import ops, reference
-from arimg.generators.loop import ALWAYS, Turn, generate
+from arimg.generators.loop import ALWAYS, Turn, final_tokens, generate
 from arimg.tokenizers import VQVAE
 from conftest import Backend
 from pretend_cuda import CUDA, pretend_cuda
@@ -119,13 +120,16 @@ def check_rows_alone(model: Any, **options: Any) -> Tensor:
 def same_tokens_emulated(
     model: Any, labels: Sequence[int] = LABELS, rtol: float = 5e-5, **options: Any
 ) -> None:
-    """The whole model on the emulated CUDA kernels draws what it draws on the CPU.
+    """The whole model on the emulated CUDA kernels draws what it draws on the CPU, and decodes it to the same
+    picture. Every operator of arimg that draws it on the CPU runs as a CUDA kernel, and none on host tensors.
 
     Each pass goes on from the tokens of the CPU, so that logits compare all the way. A token may differ only
     where the rounding of logits decided: from the CPU's logits the kernels draw the CPU's tokens, and no more
     than one of a hundred differs.
     """
-    recorded = iter(turns_of(model, labels, **options))
+    with _Operators() as on_cpu:
+        turns = turns_of(model, labels, **options)
+    recorded = iter(turns)
     rule = options.get("commit") or getattr(model, "commit", ALWAYS)
     settle, flips, count = type(rule).settle, 0, 0
 
@@ -137,9 +141,12 @@ def same_tokens_emulated(
     def replayed(self: Any, turn: Turn) -> None:
         nonlocal flips, count
         expected = next(recorded)
-        assert close(turn.logits.cpu(), expected.logits, rtol)
+        if turn.drafts is not None and expected.drafts is not None:
+            assert torch.equal(turn.drafts.cpu(), expected.drafts)
+        assert turn.logits.device == CUDA and close(turn.logits.cpu(), expected.logits, rtol)
         before = turn.tokens, turn.final
         settle(self, turn)
+        assert turn.drawn.device == CUDA
         differs = int((drawn(turn, expected) != drawn(expected, expected)).sum())
         if differs:
             turn.tokens, turn.final = before
@@ -152,9 +159,32 @@ def same_tokens_emulated(
             setattr(turn, name, None if kept is None else kept.to(CUDA))
         turn.done = expected.done
 
-    with pretend_cuda(), mock.patch.object(type(rule), "settle", replayed):
+    with pretend_cuda() as mode, mock.patch.object(type(rule), "settle", replayed):
         moved = copy.deepcopy(model).to(CUDA)
         seed = torch.tensor(SEEDS[: len(labels)], device=CUDA)
-        for _ in turns_of(moved, labels, **{"seed": seed, **options}):
-            pass
+        again = turns_of(moved, labels, **{"seed": seed, **options})
+        ran = set(mode.kernels)
+        picture = _picture(moved, again).cpu()
     assert next(recorded, None) is None and count > 0 and flips <= count // 100
+    assert ran and ran == on_cpu.names and not mode.on_host
+    assert torch.allclose(picture, _picture(model, turns), atol=1e-4)
+
+
+@torch.no_grad()
+def _picture(model: Any, turns: Sequence[Turn]) -> Tensor:
+    """Of a finished generation, [B, 3, S, S]."""
+    pixels: Tensor = model.decode(turns[0].run.session, final_tokens(iter(turns)))
+    return pixels
+
+
+class _Operators(TorchDispatchMode):
+    """names: of the operators of arimg that ran within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "arimg":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))

@@ -20,7 +20,7 @@ from arimg.systems import find
 from arimg.systems.infinity import Infinity
 from arimg.systems.tokenizer import around
 from conftest import Backend
-from system_checks import close
+from system_checks import close, same_tokens_emulated
 
 SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
 
@@ -244,3 +244,8 @@ def test_what_does_not_fit_is_refused(model: Infinity) -> None:
     with pytest.raises(ValueError, match="expected 1 to 62 channels, got 63"):
         SignQuantizer(63, SCALES)
     assert find("infinity").name == "infinity" and Guidance(3.0).scale(0, 5) == 3.0
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model: Infinity) -> None:
+    same_tokens_emulated(model)
+    same_tokens_emulated(model, sampler=Sampler(temperature=0.2))

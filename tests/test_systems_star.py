@@ -19,7 +19,7 @@ from arimg.systems import find
 from arimg.systems.star import Star
 from arimg.tokenizers import SCALES_256, SCALES_512, VQVAE
 from conftest import Backend
-from system_checks import close
+from system_checks import close, same_tokens_emulated
 
 
 def small(classes: int = 3, tokenizer: VQVAE | None = None, **options: int) -> Star:
@@ -264,3 +264,8 @@ def test_a_released_state_dict_gives_the_network_of_its_authors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Star.from_state_dict(state, **{"tokenizer": tokenizer, "nothing": nothing, **wrong})  # type: ignore[arg-type]
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model: Star) -> None:
+    same_tokens_emulated(model)
+    same_tokens_emulated(model, sampler=Sampler(top_k=1))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import released
 from arimg import models, ops, reference
-from arimg.generators.loop import final_tokens, generate
+from arimg.generators.loop import Sampler, final_tokens, generate
 from arimg.nn.conditioning import Text
 from arimg.nn.dual_quantizer import DualQuantizer
 from arimg.systems import find
@@ -14,6 +14,7 @@ from arimg.systems.tokenflow import TOP_K, TokenFlow
 from arimg.systems.tokenizer import around
 from arimg.tokenizers import VQVAE
 from conftest import Backend
+from system_checks import same_tokens_emulated
 
 SCALES = ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))
 
@@ -158,3 +159,8 @@ def test_it_trains_and_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"expected a prefix of one length"):
         next(generate(model, ragged))
     assert find("tokenflow").name == "tokenflow"
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model: TokenFlow) -> None:
+    same_tokens_emulated(model)
+    same_tokens_emulated(model, sampler=Sampler(top_k=1))
