@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from arimg import _library, ops
-from arimg.generators.loop import final_tokens, generate
+from arimg.generators.loop import Sampler, final_tokens, generate
 from arimg.systems.detailflow import DetailFlowModel
 from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
+from system_checks import same_tokens_emulated
 
 LABELS = torch.tensor([1, 0, 1])
 
@@ -55,12 +55,9 @@ def test_rows_and_seeds(model):
         model(LABELS, tokens[:, :55])
 
 
-def test_the_kernels_of_the_gpu_draw_the_same(model):
-    turn = list(generate(model, LABELS, seed=3))[9]
-    sampled = {"seed": turn.run.seeds, "position": turn.position, "guidance": turn.guidance}
-    _library.load_emulated()
-    with _library.emulated_cuda():
-        assert torch.equal(ops.sample(turn.logits, **sampled), turn.drawn)
+def test_the_whole_model_draws_the_same_on_emulated_cuda(model):
+    same_tokens_emulated(model, [1, 0])
+    same_tokens_emulated(model, [1, 0], sampler=Sampler(top_k=1), cached=False)
 
 
 def test_it_learns_rows_from_their_slots(model):

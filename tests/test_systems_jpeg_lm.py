@@ -13,7 +13,7 @@ from arimg.generators import Sampler
 from arimg.systems.jpeg_lm import JpegModel
 from arimg.tokenizers.jpeg import PAD, VOCABULARY, Jpeg, Place
 from conftest import Backend
-from system_checks import close, spread, tokens_of, turns_of
+from system_checks import close, same_tokens_emulated, spread, tokens_of, turns_of
 
 
 def photograph(size: int, seed: int = 0) -> np.ndarray:
@@ -181,3 +181,8 @@ def test_errors(tmp_path: Path) -> None:
         Jpeg(40)
     with pytest.raises(ValueError, match="expected pictures of at most 20 bytes"):
         JpegModel(2, size=32, longest=20, depth=1, width=32, heads=1).encode(torch.rand(1, 3, 32, 32))
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
+    same_tokens_emulated(model(longest=44), [1, 0])
+    same_tokens_emulated(model(longest=44), [1, 0], sampler=Sampler(top_k=1))

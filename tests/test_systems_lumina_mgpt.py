@@ -5,8 +5,10 @@ of Chameleon.
 import pytest
 import torch
 
+import system_checks as checks
 from arimg.generators.chameleon_parts import NAMES
 from arimg.generators.loop import Sampler, final_tokens, generate
+from arimg.guidance import Guidance
 from arimg.nn import checkpoint
 from arimg.nn.conditioning import Text
 from arimg.systems.lumina_mgpt import LuminaModel
@@ -171,3 +173,9 @@ def test_it_trains_on_crops_and_without_text(model):
     assert losses[-1] < 0.7 * losses[0]
     plain = Sampler()
     assert drawn(fresh.eval(), sampler=plain, size=(2, 2)).shape == (3, 9)
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda():
+    small = LuminaModel(checks.tokenizer(4), 2, depth=1, width=32, heads=2)
+    checks.same_tokens_emulated(checks.spread(small), [1, 0])
+    checks.same_tokens_emulated(small, [1, 0], sampler=Sampler(Guidance(4.0), top_k=1), apart=True)

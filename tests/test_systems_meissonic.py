@@ -8,9 +8,8 @@ import torch.nn.functional as F
 
 import released
 import system_checks as checks
-from arimg import _library
 from arimg.commit import ByRatio, LinearNoise, Plan
-from arimg.generators.loop import EachStep, final_tokens, generate
+from arimg.generators.loop import EachStep, Sampler, final_tokens, generate
 from arimg.generators.meissonic_parts import COMPRESS, NAMES, as_matrices, waves
 from arimg.nn import checkpoint
 from arimg.nn.conditioning import Text
@@ -77,19 +76,6 @@ def test_rows_and_seeds(model):
     assert model.pictures(LABELS).shape == (3, 3, SIZE, SIZE)
     with pytest.raises(ValueError, match=r"expected micro \[3, 5\], got \[3, 4\]"):
         next(generate(model, LABELS, micro=torch.zeros(3, 4)))
-
-
-def test_the_kernels_of_the_gpu_draw_the_same(model):
-    turn = next(generate(model, LABELS, seed=3))
-    rule = model.commit
-    turn.tokens = turn.final = None
-    rule.settle(turn)
-    tokens, final = turn.drawn, turn.final
-    _library.load_emulated()
-    turn.tokens = turn.final = None
-    with _library.emulated_cuda():
-        rule.settle(turn)
-    assert torch.equal(turn.drawn, tokens) and torch.equal(turn.final, final)
 
 
 def test_halved_maps_have_a_quarter_of_the_inputs():
@@ -244,3 +230,11 @@ def test_confident_order_beats_random_order_where_tokens_are_correlated():
         return (tokens == tokens.mode(1).values[:, None]).double().mean().item()
 
     assert agreement("gumbel") > agreement("random") + 0.02
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_the_whole_model_draws_the_same_on_emulated_cuda(compress):
+    checks.same_tokens_emulated(make(compress=compress), [1, 0])
+    checks.same_tokens_emulated(
+        make(compress=compress), [1, 0], sampler=Sampler(top_k=1), micro=torch.rand(2, 5) * 64
+    )

@@ -261,6 +261,7 @@ def generate(
     model's own (`model.sampler`, `model.commit`, else everything at once). seed: an int s (row r draws with s
     + r) or int64 [B].
     given: int64 [B, n] tokens of the first steps, kept as they are. options: for the model (`begin`).
+    Labels, seeds and given tokens may lie on the host, wherever the model is.
     """
     sampler = sampler or model.sampler
     rule: Commit = getattr(model, "commit", ALWAYS) if commit is None else commit
@@ -271,6 +272,7 @@ def generate(
     for tokens, n in zip(given, session.layout.sizes):
         if tuple(tokens.shape[:2]) != (session.rows, n):
             raise ValueError(f"expected given tokens [{session.rows}, {n}], got {list(tokens.shape)}")
+    given = [tokens.to(session.device) for tokens in given]
     run = Run(session, sampler, row_seeds(seed, session.rows, session.device), given, condition=condition)
     run.logprob = not (isinstance(rule, EachStep) and rule.plans is None)
     for turn in rule.turns(run):
