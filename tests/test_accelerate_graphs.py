@@ -7,10 +7,14 @@ as a CUDA graph would; recordings run under a watch for what a capture forbids.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import arimg
 import test_accelerate
@@ -21,10 +25,29 @@ from arimg.accelerate.swap import is_swapped
 from test_cuda_graphs import Watch
 
 LABELS = test_accelerate.LABELS
+LABELS_OF_LLAMAGEN = test_accelerate_llamagen.LABELS
+
+
+class Memory(TorchDispatchMode):
+    """Where the tensors lie that operations take and none of them has made: what a graph would hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.outside = {}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        places = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        self.outside |= places - self.made.keys() - {0}
+        out = func(*args, **(kwargs or {}))
+        new = [t.untyped_storage() for t in tree_leaves(out) if torch.is_tensor(t)]
+        self.made |= {s.data_ptr(): s for s in new if s.data_ptr() not in self.outside}
+        return out
 
 
 class Recorder:
-    """A graph's semantics: outputs at one place, constants of the host as they were at the capture."""
+    """A graph's semantics: outputs at one place, constants of the host as they were at the capture. A replay
+    that would read memory which is no longer that of the function fails.
+    """
 
     def __init__(self, reason="", error=None):
         self.reason, self.error, self.recorded, self.replayed = reason, error, 0, 0
@@ -35,15 +58,17 @@ class Recorder:
     def capture(self, function):
         if self.error:
             raise RuntimeError(self.error)
-        with Watch():
+        with Watch(), Memory() as held:
             outputs = [t.clone() for t in function()]
         self.recorded += 1
 
         def replay():
             self.replayed += 1
             with torch.inference_mode():  # a replay is no operation of torch's
-                for own, new in zip(outputs, function(), strict=True):
-                    own.copy_(new)
+                with Memory() as now:
+                    new = function()
+                assert now.outside == held.outside, "a graph would read other memory than the function does"
+                torch._foreach_copy_(outputs, list(new))
 
         return outputs, replay
 
@@ -155,25 +180,142 @@ def test_seeds_are_those_of_a_run_without_graphs():
 
 
 def test_tokens_of_llamagen_are_replayed_with_their_position_on_the_device():
+    """From picture to picture, as long as shapes and memory stay."""
     model = test_accelerate_llamagen.make()
-    want = test_accelerate_llamagen.greedy(model)
+    greedy = test_accelerate_llamagen.greedy
+    want, plain = greedy(model), greedy(model, cfg_scale=1.0)
     backend = Recorder()
     with arimg.accelerate(model, graphs=backend) as report:
-        for picture in range(2):
-            assert torch.equal(test_accelerate_llamagen.greedy(model), want)
-            assert (backend.recorded, backend.replayed) == (picture + 1, 24 * (picture + 1))
-        assert "2 captured, 48 replayed" in str(report)
-    assert torch.equal(test_accelerate_llamagen.greedy(model), want)
+        for picture in range(1, 4):
+            assert torch.equal(greedy(model), want)
+            assert (backend.recorded, backend.replayed) == (1, 25 * picture - 1)
+        assert torch.equal(greedy(model, 7), want[:, :7])  # shorter caches
+        assert torch.equal(greedy(model, cfg_scale=1.0), plain)  # another batch
+        assert torch.equal(greedy(model), want) and backend.recorded == 4
+        with torch.inference_mode():  # caches of another kind
+            assert torch.equal(greedy(model), want) and torch.equal(greedy(model), want)
+        assert torch.equal(greedy(model), want) and backend.recorded == 6
+        assert "6 captured, 201 replayed" in str(report)
+    assert torch.equal(greedy(model), want)
 
 
-def test_copies_have_graphs_of_their_own():
-    model, _ = test_accelerate.make()
-    with torch.no_grad(), arimg.accelerate(model, graphs=True) as report:
-        want = test_accelerate.greedy(model)
+def test_caches_that_serve_again_are_empty():
+    model = test_accelerate_llamagen.make()
+    with arimg.accelerate(model, graphs=Recorder()):
+        test_accelerate_llamagen.greedy(model)
+        caches = [layer.attention.kv_cache for layer in model.layers]
+        assert all(cache.k_cache.any() for cache in caches)
+        model.setup_caches(4, 26, torch.float32)
+        assert all(layer.attention.kv_cache is cache for layer, cache in zip(model.layers, caches))
+        assert not any(t.any() for cache in caches for t in (cache.k_cache, cache.v_cache))
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"dtype": torch.bfloat16}])
+def test_changed_weights_of_llamagen_are_seen(options):
+    make, greedy = test_accelerate_llamagen.make, test_accelerate_llamagen.greedy
+    model = make()
+
+    def state_of(model):
+        return {k: v.clone() for k, v in model.state_dict().items() if "kv_cache" not in k}
+
+    def expected(state):
+        (twin := make()).load_state_dict(state)
+        with arimg.accelerate(twin, **options):
+            return greedy(twin)
+
+    state = state_of(make(1))
+    wanted = [expected(state_of(model)), expected(state)]
+    backend = Recorder()
+    with arimg.accelerate(model, graphs=backend, **options):
+        assert torch.equal(greedy(model), wanted[0]) and backend.recorded == 1
+        model.load_state_dict(state, strict=False)  # in place
+        assert torch.equal(greedy(model), wanted[1])
+        assert backend.recorded == (2 if options else 1)  # copies are made anew
+        model.norm.weight.mul_(-1)  # a norm's weight is read at the beginning of a picture
+        wanted.append(expected(state_of(model)))
+        assert torch.equal(greedy(model), wanted[2]) and not torch.equal(wanted[1], wanted[2])
+        assert backend.recorded == (2 if options else 1)
+        model.norm.weight.mul_(-1)
+        model.load_state_dict(copy.deepcopy(state), strict=False, assign=True)
+        assert torch.equal(greedy(model), wanted[1]) and torch.equal(greedy(model), wanted[1])
+        assert backend.recorded == (3 if options else 2)
+        model.bfloat16().float()
+        wanted.append(expected(state_of(model)))
+        assert torch.equal(greedy(model), wanted[3]) and torch.equal(greedy(model), wanted[3])
+
+
+def test_memory_that_moves_in_the_middle_of_a_picture_is_captured_anew():
+    model = test_accelerate_llamagen.make()
+    tokens = test_accelerate_llamagen.greedy(model)
+    want = test_accelerate_llamagen.scored(model, tokens)
+    backend, moved = Recorder(), []
+
+    weight = model.layers[1].feed_forward.w2.weight
+    with arimg.accelerate(model, graphs=backend), torch.no_grad():
+        model.setup_caches(2, 26, torch.float32)
+        cache = model.layers[1].attention.kv_cache
+        got = [model(None, LABELS_OF_LLAMAGEN, torch.arange(1))[0]]
+        for t in range(24):
+            if t == 5:
+                moved.append(weight.data)
+                weight.data = weight.data.clone()
+            if t == 11:
+                moved.append(cache.k_cache)
+                cache.k_cache = cache.k_cache.clone()
+            if t == 17:
+                model.to(torch.float64), model.to(torch.float32)  # the caches too
+            got.append(model(tokens[:, t : t + 1], cond_idx=None, input_pos=torch.tensor([1 + t]))[0])
+        assert backend.recorded == 4
+    assert torch.allclose(torch.cat(got, 1), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("tests", [test_accelerate, test_accelerate_llamagen])
+def test_copies_have_graphs_of_their_own(tests):
+    made = tests.make()
+    model = made[0] if isinstance(made, tuple) else made
+    with torch.no_grad(), arimg.accelerate(model, graphs=Recorder()) as report:
+        want = tests.greedy(model)
+        tests.greedy(model)
+        recorded = report.graphs.backend.recorded
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert is_swapped(twin) and twin.graphs is not model.graphs is not None
-            assert torch.equal(test_accelerate.greedy(twin), want)
+            assert not twin.graphs.kept and twin.graphs.counts.captures == 0
+            for _ in range(2):
+                assert torch.allclose(tests.greedy(twin), want, atol=1e-4)
+            assert twin.graphs.counts.captures == recorded > 0 == recorded - report.graphs.backend.recorded
         assert report.graphs is model.graphs
+
+
+@pytest.mark.parametrize("tests", [test_accelerate, test_accelerate_llamagen])
+@pytest.mark.parametrize("end", ["restore", "move", "delete", "another batch"])
+def test_graphs_end_with_the_acceleration_the_place_of_the_weights_and_the_model(tests, end):
+    """Their memory goes back at once."""
+    made = tests.make()
+    model = made[0] if isinstance(made, tuple) else made
+    report = arimg.accelerate(model, graphs=Recorder())
+    with torch.no_grad():
+        tests.greedy(model)
+        tests.greedy(model)
+        graphs = report.graphs
+        (kept,) = graphs.kept.values()
+        step = weakref.ref(kept.graphed if hasattr(kept, "graphed") else kept[1].graphed)
+        assert step()._graphs
+        del kept
+        gc.disable()
+        try:
+            if end == "restore":
+                report.restore()
+            elif end == "move":
+                model.to(torch.bfloat16)
+            elif end == "delete":
+                del model, made, report
+            elif tests is test_accelerate:
+                tests.greedy(model, torch.tensor([1, 2, 3]))
+            else:
+                tests.greedy(model, cfg_scale=1.0)
+            assert step() is None and len(graphs.kept) == (end == "another batch")
+        finally:
+            gc.enable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not _library.cuda_usable(), reason="no GPU")
@@ -201,4 +343,5 @@ def test_codes_without_a_gpu_run_as_they_do_without_graphs(weights):
         assert f"; weights {weights}" in text and "CUDA graphs: not used: no CUDA device here" in text
     with arimg.accelerate(model, weights=weights, graphs=(backend := Recorder())):
         assert torch.equal(test_accelerate_llamagen.greedy(model), want)
-        assert (backend.recorded, backend.replayed) == (1, 24)
+        assert torch.equal(test_accelerate_llamagen.greedy(model), want)
+        assert (backend.recorded, backend.replayed) == (1, 49)

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Outputs = Sequence[Tensor]
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors in lists and tuples."""
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 class Backend(Protocol):
@@ -89,7 +96,7 @@ class GraphedStep:
     def __call__(self, *inputs: Tensor, **settings: Hashable) -> Outputs:
         if self.reason:
             return self.function(*inputs, **settings)
-        places = tuple(t.data_ptr() for t in self.watched())
+        places = tuple(map(Tensor.data_ptr, self.watched()))
         if places != self._places:
             self.reset()
             self._places = places
@@ -114,7 +121,7 @@ class GraphedStep:
         with torch.inference_mode(False):  # memory that calls outside inference mode may write, too
             own = tuple(t.detach().clone() for t in inputs)
         try:
-            outputs, replay = self.backend.capture(lambda: self.function(*own, **settings))
+            outputs, replay = self.backend.capture(partial(self.function, *own, **settings))
         except RuntimeError as error:
             self.reset()
             self.reason = f"capture failed: {' '.join(str(error).split())[:200]}"
@@ -158,7 +165,7 @@ class Graphs:
         return not reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Graphs, ())
+        return Graphs, (self.backend,)
 
     def __str__(self) -> str:
         refusal = self.backend.refusal()

@@ -4,6 +4,7 @@ A text's places that `emb_masks` hides are columns of the original's `causal_mas
 they are read off it once per generation.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arimg import ops
-from arimg.accelerate.graphs import GraphedStep, Graphs
+from arimg.accelerate.graphs import GraphedStep, Graphs, tensors_of
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin, has_hooks
 from arimg.accelerate.view import Storage, bytes_of_codes, misfit, parameters_of, view_of
@@ -39,7 +40,7 @@ class _Mask(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What the steps of a generation share; made anew at the first step of each."""
+    """What the steps of a generation share; made anew at the first step of each, but for what graphs hold."""
 
     decoder: Decoder
     rope: Rope
@@ -82,13 +83,18 @@ class _Generator(Mixin):
     graphs: Graphs | None
 
     def _arimg_release(self) -> None:
+        module: Any = self
         super()._arimg_release()
-        _plans.pop(self, None)  # type: ignore[call-overload]
+        _plans.pop(module, None)
+        if module.graphs is not None:
+            module.graphs.kept.pop(module, None)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
         module: Any = self
         super().setup_caches(max_batch_size, max_seq_length, dtype)  # type: ignore[misc]
         _plans.pop(module, None)
+        if module.graphs is not None:
+            _put_back(module, module.graphs)
 
     def forward(
         self,
@@ -113,8 +119,8 @@ class _Generator(Mixin):
             plan = _new_plan(module)
         if not plan.mask.suits or not _fits(x, caches[0].k_cache, plan):
             return super().forward(idx, cond_idx, input_pos)  # type: ignore[misc, no-any-return]
-        if plan.graphed is not None and module.graphs.usable(x.device):
-            return plan.graphed(x, input_pos.int().view(1, 1))[0], None
+        if plan.graphed is not None:
+            return plan.graphed(x, input_pos.to(x.device, torch.int32).view(1, 1))[0], None
         return _step(plan, x, *_place(input_pos, len(x))), None
 
 
@@ -139,15 +145,67 @@ def _step(plan: _Plan, x: Tensor, start: int, positions: Tensor | None, length: 
     return plan.decoder.run(x, attend)
 
 
+def _with_graphs(plan: _Plan, module: Any) -> _Plan:
+    """The plan with the graphs of the picture before, where these read the same memory, or with new ones."""
+    kept: _Plan | None = module.graphs.kept.get(module)
+    if kept is not None and _continues(kept, plan):
+        torch._foreach_copy_(_constants(kept), _constants(plan))
+        mask = plan.mask._replace(first=kept.mask.first, start=kept.mask.start)
+        plan = kept._replace(mask=mask)
+    else:
+        plan = plan._replace(graphed=_graphed(plan, module.graphs))
+    module.graphs.kept[module] = plan
+    return plan
+
+
 def _graphed(plan: _Plan, graphs: Graphs) -> GraphedStep:
-    """The step with its position on the device. A plan and its caches last for one picture, and so do its
-    graphs; what the caches' memory is watched for is a move of them.
-    """
+    """The step with its position on the device."""
+    weights = _weights(plan.decoder)
 
     def step(x: Tensor, position: Tensor) -> tuple[Tensor]:
         return (_step(plan, x, 0, position, (position + 1).flatten().expand(len(x))),)
 
-    return graphs.step(step, lambda: [t for c in plan.caches for t in (c.k_cache, c.v_cache)])
+    return graphs.step(step, lambda: weights + _stored(plan.caches))
+
+
+def _weights(decoder: Decoder) -> list[Tensor]:
+    """The matrices that products read."""
+    return tensors_of([w[1:3] + w[4:] for w in decoder.layers] + [decoder.output])
+
+
+def _constants(plan: _Plan) -> list[Tensor]:
+    """What each picture computes anew, for graphs at one place."""
+    norms = [(w.norm1, w.norm2) for w in plan.decoder.layers]
+    return tensors_of([norms, plan.decoder.norm, plan.rope, plan.mask.first, plan.mask.start])
+
+
+def _stored(caches: Sequence[Any]) -> list[Tensor]:
+    return [t for cache in caches for t in (cache.k_cache, cache.v_cache)]
+
+
+def _continues(kept: _Plan, plan: _Plan) -> bool:
+    """Whether the kept plan's graphs, given the constants of the other, do its steps."""
+    theirs, ours = [*kept.caches, *_weights(kept.decoder)], [*plan.caches, *_weights(plan.decoder)]
+    same = len(theirs) == len(ours) and all(a is b for a, b in zip(theirs, ours))
+    return same and _kinds(_constants(kept)) == _kinds(_constants(plan))
+
+
+def _kinds(tensors: list[Tensor]) -> list[Any]:
+    return [(t.shape, t.dtype, t.device, t.is_inference()) for t in tensors]
+
+
+def _put_back(module: Any, graphs: Graphs) -> None:
+    """The caches that the graphs hold, emptied, in the place of new ones of their kind; or no graphs."""
+    kept: _Plan | None = graphs.kept.get(module)
+    if kept is None:
+        return
+    layers = [layer.attention for layer in module.layers]
+    if _kinds(_stored([layer.kv_cache for layer in layers])) != _kinds(_stored(kept.caches)):
+        del graphs.kept[module]
+        return
+    torch._foreach_zero_(_stored(kept.caches))
+    for layer, cache in zip(layers, kept.caches):
+        layer.kv_cache = cache
 
 
 def _is_step(module: Any, idx: Tensor | None, cond_idx: Tensor | None, input_pos: Tensor) -> bool:
@@ -185,8 +243,8 @@ def _new_plan(module: Any) -> _Plan:
     rope = Rope(table[..., 0].contiguous(), table[..., 1].contiguous())
     caches = [layer.attention.kv_cache for layer in module.layers]
     plan = _Plan(Decoder(view), rope, caches, _look_at(module.causal_mask), None)
-    if module.graphs is not None:
-        plan = plan._replace(graphed=_graphed(plan, module.graphs))
+    if plan.mask.suits and module.graphs is not None and module.graphs.usable(table.device):
+        plan = _with_graphs(plan, module)
     _plans[module] = plan
     return plan
 

@@ -22,6 +22,15 @@ class Mixin:
         """Gives back what is kept for the module elsewhere."""
         forget(self)
 
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        """Where the weights move (`.to(...)`), what was kept of them is given back at once."""
+        module: Any = self
+        before = [p.data_ptr() for p in module.parameters()]
+        moved = super()._apply(*arguments, **options)  # type: ignore[misc]
+        if [p.data_ptr() for p in module.parameters()] != before:
+            self._arimg_release()
+        return moved
+
 
 _subclasses: dict[Any, Any] = {}
 

@@ -89,6 +89,12 @@ class _Generator(Mixin):
     weights_storage: torch.dtype | None
     graphs: Graphs | None
 
+    def _arimg_release(self) -> None:
+        module: Any = self
+        super()._arimg_release()
+        if module.graphs is not None:
+            module.graphs.kept.pop(module, None)
+
     @torch.no_grad()
     def autoregressive_infer_cfg(
         self,

@@ -1,6 +1,7 @@
 """CUDA graphs of VAR's steps: one for each scale, over memory that lasts from generation to generation."""
 
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ class _GraphedSession(VarSession):
     def __init__(self, model: VAR, labels: Tensor, guided: bool, graphs: Graphs) -> None:
         with torch.inference_mode(False), torch.no_grad():
             super().__init__(model, labels, guided)
-        self.graphed = graphs.step(self._replayable, watched=model.parameters)
+        own = proxy(self)  # no cycle: the memory goes with the last use
+        self.graphed = graphs.step(lambda f_hat, k: own._replayable(f_hat, k), watched=model.parameters)
 
     def restart(self, labels: Tensor) -> None:
         """The next generation: its constants go where those before were."""
@@ -65,10 +67,11 @@ class Sessions:
         p = view.pos_1LC
         kind = (id(view), len(labels), guided, p.dtype, p.device)
         known, session = self.graphs.kept.pop(self.module, (None, None))
-        if session is None or known != kind:
-            session = _GraphedSession(view, labels, guided, self.graphs)
-        else:
+        if known == kind:
             session.restart(labels)
+        else:
+            del session  # its memory goes before there is more
+            session = _GraphedSession(view, labels, guided, self.graphs)
         session.more_smooth = more_smooth
         self.used = kind, session
         return session
