@@ -5,5 +5,6 @@ __version__ = "0.1.0"
 from arimg import ops, reference
 from arimg._config import show_config
 from arimg.accelerate import accelerate
+from arimg.pipeline import pipelined
 
-__all__ = ["__version__", "accelerate", "ops", "reference", "show_config"]
+__all__ = ["__version__", "accelerate", "ops", "pipelined", "reference", "show_config"]
