@@ -57,6 +57,50 @@ def test_generate_writes_the_pictures_of_the_seeds(model, bundle, tmp_path, caps
     np.testing.assert_array_equal(pixels(out)[2:10, 2:10], page[12:20, 2:10])
 
 
+def test_batches_and_overlap_change_nothing(model, tmp_path):
+    def page(name, *arguments):
+        out = tmp_path / name
+        classes = ["--class", "smileys/fluent", "--class", "food/noto", "--n", "5", "--seed", "3"]
+        assert main(["generate", *classes, "--model", str(model), "-o", str(out), *arguments]) == 0
+        return pixels(out)
+
+    whole = page("whole.png")
+    batches = page("batches.png", "--batch", "3")  # the second has both classes, the last one picture
+    assert whole.shape == (2 + 3 * 10, 2 + 4 * 10, 3)
+    np.testing.assert_allclose(batches, whole, atol=1)
+    np.testing.assert_array_equal(page("overlap.png", "--batch", "3", "--overlap"), batches)
+    steps = page("steps.png", "--batch", "3", "--overlap", "--steps-grid")
+    np.testing.assert_allclose(steps, page("steps.png", "--steps-grid"), atol=1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("finished", [0, 2])
+def test_ctrl_c_keeps_the_batches_that_are_over(overlap, finished, model, tmp_path, capsys, monkeypatch):
+    decode, calls = VQVAE.decode_features, []
+
+    def decode_features(self, f_hat):
+        calls.append(len(f_hat))
+        if len(calls) > finished:
+            raise KeyboardInterrupt
+        return decode(self, f_hat)
+
+    arguments = ["generate", "--class", "food/noto", "--n", "6", "--batch", "2", "--columns", "2"]
+    arguments += ["--model", str(model), *["--overlap"] * overlap, "-o"]
+    assert main([*arguments, str(tmp_path / "whole.png")]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(VQVAE, "decode_features", decode_features)
+    assert main([*arguments, str(tmp_path / "part.png")]) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "arimg: interrupted\n"
+    if not finished:
+        assert not (tmp_path / "part.png").exists()
+        return
+    assert "part.png: 4 of 6 pictures in" in captured.out
+    whole, part = pixels(tmp_path / "whole.png"), pixels(tmp_path / "part.png")
+    assert part.shape == (2 + 2 * 10, 2 + 2 * 10, 3)
+    np.testing.assert_array_equal(part, whole[: len(part)])
+
+
 def test_the_steps_grid_has_a_row_per_picture_and_a_column_per_scale(model, tmp_path):
     arguments = ["generate", "--class", "food/noto", "--n", "2", "--model", str(model)]
     main([*arguments, "-o", str(tmp_path / "final.png"), "--columns", "1"])
