@@ -294,7 +294,7 @@ def test_parts_that_do_not_fit_are_kept_with_a_reason():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(TypeError, match="expected a torch module, got dict"):
+    with pytest.raises(TypeError, match="expected a torch module, a pipeline or a scheduler, got dict"):
         arimg.accelerate({})
     model, _ = make()
     with pytest.raises(

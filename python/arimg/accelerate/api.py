@@ -1,11 +1,13 @@
 """The entry: walks a model, asks every recogniser, keeps the book."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from arimg.accelerate import swap
+from arimg.accelerate.amused import recognise_amused_scheduler
 from arimg.accelerate.autoencoder import recognise_autoencoder
 from arimg.accelerate.families import recognise_family
 from arimg.accelerate.few_rows import recognise_head
@@ -43,10 +45,14 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
     ),
     ("a VQGAN's residual blocks and upsampling (norm1, conv1, norm2, conv2)", recognise_autoencoder),
 )
+# The same of what is no module.
+SCHEDULERS: tuple[tuple[str, Callable[[Report, str, Any], bool]], ...] = (
+    ("aMUSEd's scheduler (step, add_noise, mask_token_id)", recognise_amused_scheduler),
+)
 
 
 def accelerate(
-    model: nn.Module,
+    model: Any,
     *,
     dtype: torch.dtype | None = None,
     weights: str | None = None,
@@ -59,6 +65,7 @@ def accelerate(
     whose input does not suit the fast path (gradients wanted, autocast, another dtype or device) runs its
     original code.
 
+    model: a module, a pipeline of diffusers (`components`, of which each is looked at) or a scheduler of one.
     dtype: torch.bfloat16 or torch.float16 runs a generator's transformer in this type, on a copy of its
     weights (half the original's memory on top), made anew when they change; the few-row products of
     transformers' models read such a copy.
@@ -71,11 +78,11 @@ def accelerate(
     `graphs.Backend` captures in another way.
 
     Returns the report of what was replaced, what was not and why. Raises TypeError for
-    something that is no module or no such dtype, and ValueError for a model that is accelerated already or
+    something else and for another dtype, and ValueError for a model that is accelerated already or
     for other weights.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch module, got {type(model).__name__}")
+    if not isinstance(model, nn.Module) and not hasattr(model, "components") and not hasattr(model, "step"):
+        raise TypeError(f"expected a torch module, a pipeline or a scheduler, got {type(model).__name__}")
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise TypeError(f"expected dtype None, torch.bfloat16 or torch.float16, got {dtype}")
     if weights not in (None, *CODES):
@@ -89,16 +96,26 @@ def accelerate(
     if graphs:
         shared = Graphs() if graphs is True else Graphs(graphs)
     report = Report(type(model).__name__, dtype=dtype, weights=weights, graphs=shared)
-    for path, module in parts:
-        any(recognise(report, path, module) for _, recognise in RECOGNISERS)
+    for path, part in parts:
+        recognisers = RECOGNISERS if isinstance(part, nn.Module) else SCHEDULERS
+        any(recognise(report, path, part) for _, recognise in recognisers)
     if not report.replaced and not report.kept:
-        looked = "; ".join(what for what, _ in RECOGNISERS)
+        looked = "; ".join(what for what, _ in (*RECOGNISERS, *SCHEDULERS))
         report.kept.append(Entry("", type(model).__name__, f"no known part found; looked for {looked}"))
     return report
 
 
-def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules, with those that a model holds in a tuple to keep them out of its state dict."""
+def _parts(model: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All modules, with those that a model holds in a tuple to keep them out of its state dict, and the
+    components of a pipeline."""
+    if not isinstance(model, nn.Module):
+        components = getattr(model, "components", None)
+        if isinstance(components, Mapping):
+            for name, component in components.items():
+                yield from _parts(component, name)
+        else:
+            yield prefix, model
+        return
     for path, module in model.named_modules(prefix=prefix):
         yield path, module
         for name, value in vars(module).items():

@@ -36,14 +36,15 @@ class Report:
     graphs: Graphs | None = None  # of a generator's steps, where asked for
     weights: str | None = None  # "int8" or "int4": what the products of decoding read; None: dtype's
     memory: int = 0  # bytes beyond the original's
-    _modules: list[nn.Module] = field(default_factory=list, repr=False)
+    _modules: list[Any] = field(default_factory=list, repr=False)
 
-    def swap(self, module: nn.Module, mixin: type[Mixin], path: str, note: str, **options: Any) -> None:
-        """Replaces one module's methods and writes it down."""
+    def swap(self, module: Any, mixin: type[Mixin], path: str, note: str, **options: Any) -> None:
+        """Replaces the methods of a module, or of a pipeline's scheduler, and writes it down."""
         self.replaced.append(Entry(path, type(module).__name__, note))
         swap.swap(module, mixin, **options)
         self._modules.append(module)
-        if self.weights and options.get("weights_storage") != self.weights:
+        has_weights = isinstance(module, nn.Module)
+        if has_weights and self.weights and options.get("weights_storage") != self.weights:
             self.kept.append(Entry(path, type(module).__name__, f"its weights: no {self.weights} here"))
 
     def swap_generator(
@@ -90,7 +91,7 @@ class Report:
             copied = sum(w.numel() for w in weights if w.dtype == torch.float32)
             self.memory += self.dtype.itemsize * copied
 
-    def keep(self, module: nn.Module, path: str, reason: str) -> None:
+    def keep(self, module: Any, path: str, reason: str) -> None:
         """Writes down why a known part is left as it is."""
         self.kept.append(Entry(path, type(module).__name__, reason))
 

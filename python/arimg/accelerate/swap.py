@@ -1,4 +1,4 @@
-"""How a module gets another forward: its class becomes a subclass of its own class.
+"""How a module, or a pipeline's scheduler, gets other methods: its class becomes a subclass of its own.
 
 The subclass is `(mixin, original class)`, so a mixin overrides methods and reaches the original ones by
 `super()`, and every check by `isinstance` still holds. Nothing is stored in the module: parameters, buffers,
@@ -16,7 +16,7 @@ from arimg.accelerate.view import forget
 class Mixin:
     """Base of all replacements. options: what `accelerate` was asked for, as attributes of the class."""
 
-    _arimg: "tuple[type[nn.Module], type[Mixin], tuple[tuple[str, Any], ...]]"
+    _arimg: "tuple[type[Any], type[Mixin], tuple[tuple[str, Any], ...]]"
 
     def _arimg_release(self) -> None:
         """Gives back what is kept for the module elsewhere."""
@@ -35,7 +35,7 @@ class Mixin:
 _subclasses: dict[Any, Any] = {}
 
 
-def _subclass(original: type[nn.Module], mixin: type[Mixin], options: tuple[tuple[str, Any], ...]) -> Any:
+def _subclass(original: type[Any], mixin: type[Mixin], options: tuple[tuple[str, Any], ...]) -> Any:
     key = (original, mixin, options)
     if key not in _subclasses:
         names = {
@@ -57,17 +57,16 @@ def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     return (_new, (self._arimg, *arguments), *state)
 
 
-def _new(parts: Any, *arguments: Any) -> nn.Module:
+def _new(parts: Any, *arguments: Any) -> Any:
     cls = _subclass(*parts)
-    module: nn.Module = cls.__new__(cls, *arguments)
-    return module
+    return cls.__new__(cls, *arguments)
 
 
-def is_swapped(module: nn.Module) -> bool:
+def is_swapped(module: Any) -> bool:
     return isinstance(module, Mixin)
 
 
-def swap(module: nn.Module, mixin: type[Mixin], **options: Any) -> None:
+def swap(module: Any, mixin: type[Mixin], **options: Any) -> None:
     """Gives the module the methods of the mixin, and the options as attributes."""
     module.__class__ = _subclass(type(module), mixin, tuple(sorted(options.items())))
 
