@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +312,14 @@ def test_bad_input_is_named():
         pytest.raises(ValueError, match="expected labels from 0 to 9"),
     ):
         greedy(model, torch.tensor([3, 12]))
+
+
+def test_a_view_draws_no_weights_and_does_not_wake_torchs_compiler():
+    """Weights drawn on "meta" import torch's compiler: 70 MB in a process that needs none."""
+    code = (
+        "import sys, torch, arimg; from standins import var; vae = var.VQVAE(); model = var.VAR(vae);"
+        "assert arimg.accelerate(model.eval()).replaced; print('torch._dynamo' in sys.modules)"
+    )
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() == "False"

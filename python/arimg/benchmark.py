@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from arimg import _library, ops
 from arimg.generators import VAR, LlamaGen
+from arimg.nn.checkpoint import without_weights
 from arimg.reference import plain_llamagen, plain_var
 from arimg.tokenizers import VQVAE
 from arimg.tokenizers.vqvae import SCALES_256, SCALES_512
@@ -396,13 +397,13 @@ def _build(settings: Settings) -> Case:
 def build_var(size: _Var, dtype: torch.dtype) -> VAR:
     tokenizer = VQVAE(size.vocab, ch=size.ch, ch_mult=size.ch_mult, scales=size.scales).eval()
     nn.init.normal_(tokenizer.quantize.embedding.weight)
-    with torch.device("meta"):
+    with without_weights():
         var = VAR(tokenizer, depth=size.depth, shared_adaln=size.shared_adaln)
     return _with_weights(var, dtype)
 
 
 def build_llamagen(size: _Llama, dtype: torch.dtype) -> LlamaGen:
-    with torch.device("meta"):
+    with without_weights():
         model = LlamaGen(size.vocab, 1000, size.depth, size.width, size.heads, grid=size.grid)
     return _with_weights(model, dtype)
 

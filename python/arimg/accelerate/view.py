@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from arimg.nn.checkpoint import without_weights
 from arimg.nn.packed_linear import PackedLinear, pack_weight
 from arimg.reference.block_linear import QuantizedWeight
 
@@ -62,7 +63,7 @@ def misfit(module: nn.Module, build: Callable[[Any], nn.Module]) -> str:
 
 
 def _without_weights(module: nn.Module, build: Callable[[Any], View], storage: Storage) -> View:
-    with torch.device("meta"):
+    with without_weights():
         view = build(module)
         if isinstance(storage, str):
             view.pack(storage)  # type: ignore[operator]

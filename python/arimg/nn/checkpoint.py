@@ -1,7 +1,8 @@
 """Files of weights: safetensors with the configuration in its metadata, or a plain state dict."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
 Theirs = str | tuple[str, ...]  # names of one or of several tensors
@@ -101,6 +103,27 @@ def translated(
     return out
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves weights as they are made: to draw them on "meta", torch would import its compiler (70 MB)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):  # of tensors, and of torch.nn.init
+            weight: Tensor = args[0] if args else kwargs["tensor"]
+            if weight.is_meta:
+                return weight
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made here have parameters and buffers on "meta", without memory."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
 def built(
     make: Callable[[], Model], state: Mapping[str, Tensor], what: str, dtype: torch.dtype | None = None
 ) -> Model:
@@ -108,7 +131,7 @@ def built(
 
     dtype: of its weights, else float32. Raises ValueError where names or shapes do not fit.
     """
-    with torch.device("meta"):
+    with without_weights():
         model = make()
     model = model.to(dtype=dtype).to_empty(device="cpu").eval()
     load_checked(model, state, what)

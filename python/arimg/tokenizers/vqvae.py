@@ -122,7 +122,7 @@ class VQVAE(nn.Module):
             if n != len(SCALES_256):
                 raise ValueError(f"expected scales=(...) with {n} entries for this state dict, got none")
             scales = SCALES_256
-        with torch.device("meta"):
+        with checkpoint.without_weights():
             model = cls(
                 vocab,
                 z,
