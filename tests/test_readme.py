@@ -35,6 +35,7 @@ def test_generation_page_runs():
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(block, "docs/generation.md", "exec"), names)
     assert names["tokens"].shape == (2, 16)
+    assert names["pictures"].shape == (8, 3, 8, 8)
     assert [tuple(t.shape) for t in names["scales"]] == [(3, 1), (3, 4), (3, 16)]
 
 
