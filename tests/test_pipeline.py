@@ -15,6 +15,7 @@ import torch
 
 import arimg
 from arimg import pipelined
+from arimg.accelerate.graphs import CudaBackend, GraphedStep
 from arimg.generators import VAR
 from arimg.tokenizers import VQVAE
 from standins import llamagen as standin
@@ -431,4 +432,26 @@ def test_on_a_gpu():
 
     expected = [finish(make(n)) for n in range(6)]
     found = list(pipelined(make, finish, range(6)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_graph_is_captured_while_another_batch_is_finished():
+    weight = torch.randn(256, 256, device="cuda") / 16
+    step = GraphedStep(lambda x: ((x @ weight).tanh(),), CudaBackend())
+
+    def make(n):
+        x = torch.full((256, 256), float(n + 1), device="cuda")
+        return step(x)[0]  # the second batch captures
+
+    def finish(x):
+        sums = []
+        for i in range(200):
+            torch.cuda.empty_cache()  # so that each allocation asks the driver
+            sums.append((x.repeat(2 + i % 7, 1) @ weight).sum())
+        return torch.stack(sums)
+
+    expected = [finish((torch.full((256, 256), n + 1.0, device="cuda") @ weight).tanh()) for n in range(4)]
+    found = list(pipelined(make, finish, range(4)))
+    assert step.counts.captures == 1 and not step.reason
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

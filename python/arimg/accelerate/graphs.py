@@ -50,7 +50,8 @@ class CudaBackend:
             function()  # libraries set up what they need for a stream at its first use
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: another thread may decode, and allocate, meanwhile (arimg.pipelined)
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = function()
         return outputs, graph.replay
 
