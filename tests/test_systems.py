@@ -92,4 +92,8 @@ def test_a_measurement_counts_passes_and_keeps_the_others(run: Path, tmp_path: P
     measure.write({"var": found}, "a machine", path)
     measure.write({"other": found}, "a machine, later", path)
     assert set(measure.read(path)) == {"var", "other"} and measure.about(path) == "a machine, later"
+    arguments = ["systems", "bench", "var", "--runs", str(run.parent), "--n", "1", "--json", str(path)]
+    assert main(arguments) == 0
+    assert set(measure.read(path)) == {"var", "other"} and measure.about(path) == "a machine, later"
+    assert main([*arguments, "--about", "another one"]) == 0 and measure.about(path) == "another one"
     assert main(["systems", "bench", "--runs", str(tmp_path)]) == 2

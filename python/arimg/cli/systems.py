@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
     bench.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default runs)")
     bench.add_argument("--n", type=int, default=4, help="pictures each (default 4)")
     bench.add_argument("--json", type=Path, help="file to write; what it holds of other systems is kept")
-    bench.add_argument("--about", default="", help="machine and date in words, kept in the file")
+    bench.add_argument("--about", default="", help="machine and date in words (default: the file's)")
 
     train = add_command(inner, "train", run_train, "train the small version of a system on your pictures")
     train.add_argument("name", metavar="NAME")

@@ -91,8 +91,8 @@ def about(path: Path = FILE) -> str:
     return str(json.loads(path.read_text())["about"]) if path.exists() else ""
 
 
-def write(measured: dict[str, Measured], about: str, path: Path = FILE) -> None:
-    """Adds to what the file holds."""
+def write(measured: dict[str, Measured], words: str, path: Path = FILE) -> None:
+    """Adds to what the file holds. words: on which machine and when; where empty, those of the file stay."""
     together = {**read(path), **measured}
-    content = {"about": about, "systems": {name: asdict(m) for name, m in together.items()}}
+    content = {"about": words or about(path), "systems": {name: asdict(m) for name, m in together.items()}}
     path.write_text(json.dumps(content, indent=1) + "\n")
