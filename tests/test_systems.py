@@ -1,7 +1,9 @@
 """The list of systems, and a run of one: train, continue, sample, measure."""
 
 import json
+import re
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -56,6 +58,22 @@ def test_the_page_is_what_the_command_writes(capsys: pytest.CaptureFixture[str])
     assert main(["systems", "list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in systems())
+
+
+def test_the_status_says_whose_released_weights_load(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the table in docs/drop-in.md, whose tests load them by their names."""
+    page = (Path(__file__).parent.parent / "docs" / "drop-in.md").read_text()
+    documented = set(re.findall(r"`(systems\.\w+\.\w+)`", page))
+    loading = {s for s in systems().values() if s.released}
+    classes = [get_type_hints(system.make)["return"] for system in loading]
+    assert {f"{c.__module__}.{c.__name__}" for c in classes} == {f"arimg.{name}" for name in documented}
+    assert all(callable(c.from_state_dict) for c in classes)
+    assert main(["systems", "list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    for system in systems().values():
+        line = lines[system.name]
+        assert "trains, samples" in line
+        assert ("loads released weights" in line) == system.released, line
 
 
 def test_unknown_names_are_answered_with_near_ones(capsys: pytest.CaptureFixture[str]) -> None:

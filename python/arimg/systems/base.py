@@ -99,7 +99,8 @@ class System:
 
     tokenizer(images, folder): makes the tokenizer, or reads the one that it left in this folder; None: there
     is none. make(tokenizer, classes): the model at its small size. paper: where it is published. deviations:
-    from the paper, and of released code from the paper.
+    from the paper, and of released code from the paper. released: weights under their published names load
+    (`from_state_dict` of the model's class).
     """
 
     name: str
@@ -114,7 +115,13 @@ class System:
     lr: float = 1e-3
     batch_size: int = 32
     steps: int = 600  # of training, until pictures are worth a look
+    released: bool = False
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"expected a family of {FAMILIES}, got {self.family!r}")
+
+    @property
+    def status(self) -> str:
+        """What can be done with it."""
+        return "trains, samples" + (", loads released weights" if self.released else "")

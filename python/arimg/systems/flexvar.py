@@ -233,4 +233,5 @@ SYSTEM = System(
     " tokenizer; a schedule whose maps are too large loses random scales until it fits; greedy are sizes"
     " beyond the training's and other aspects, in released code also those outside of a list; the strength of"
     " guidance goes on rising at sizes beyond the training's (released: the full strength)",
+    released=True,
 )

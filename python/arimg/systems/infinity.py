@@ -215,6 +215,6 @@ SYSTEM = System(
     "The caption is the class, as four learned states by cross-attention (states of a text encoder are taken "
     "as they come); 16 bits at 64 px, trained without the entropy loss; NSARM's network from "
     "low-resolution pictures to the codes of the first scales is left out (`given` takes its bits). "
-    "Released weights load with `Infinity.from_state_dict`; the larger model's patches of 2 x 2 x 14 bits "
-    "are left out.",
+    "The larger model's patches of 2 x 2 x 14 bits are left out.",
+    released=True,
 )

@@ -66,4 +66,5 @@ SYSTEM = System(
     "token by token in raster order, a Llama with 2-D RoPE",
     grid_tokenizer,
     make,
+    released=True,
 )

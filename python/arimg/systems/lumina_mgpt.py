@@ -270,4 +270,5 @@ SYSTEM = System(
     deviations="the text is four learned vectors per class; shapes in training are crops of token maps; "
     "weights load by the names of Chameleon in the package transformers, whose vocabulary is cut to what a "
     "picture needs",
+    released=True,
 )

@@ -250,5 +250,6 @@ SYSTEM = System(
     make,
     deviations="the text is four learned vectors per class and one more as their sum; convolutions that "
     "halve the map are an option; the time is the hidden share in sampling, too (released: the number of the "
-    "pass). Released weights load with `MeissonicModel.from_state_dict`",
+    "pass)",
+    released=True,
 )

@@ -176,4 +176,5 @@ SYSTEM = System(
     grid_tokenizer,
     make,
     "video is left out",
+    released=True,
 )

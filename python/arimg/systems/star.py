@@ -224,5 +224,6 @@ SYSTEM = System(
     "last one as the summary); the refiner has two blocks, works on the last two of five scales and trains "
     "together with the backbone, to which it sends no gradient; guidance rises over all scales (released: "
     "full in refinement); every row sees its own text, where the released code shows all rows that of "
-    "the first. Released weights load with `Star.from_state_dict`.",
+    "the first.",
+    released=True,
 )

@@ -29,7 +29,8 @@ arimg systems train {example} --data photos.tar          # the small version, mi
 arimg systems sample {example} -o grid.png
 arimg systems bench {example}                            # the rows below
 ```
-This page is written by `arimg systems list --markdown`.
+This page is written by `arimg systems list --markdown`. Status: which classes load released weights, and
+how, [is here](drop-in.md#released-weights-of-other-systems).
 
 Measured: {about}; one picture at a time, the tokenizer's decoder not included. "Plain method" is the same
 network and weights sampled the plain way, or what its name says. The models are tiny (about 64 tokens, 2
@@ -88,7 +89,7 @@ def _section(title: str, members: list[System], measured: dict[str, Measured]) -
 
 def _cells(system: System, measured: dict[str, Measured]) -> list[str]:
     found = measured.get(system.name)
-    cells = [system.title, system.paper, "trains, samples"]
+    cells = [system.title, system.paper, system.status]
     if found is None:
         return [*cells, *["-"] * 7]
     names, ways = [*found.ways], [*found.ways.values()]

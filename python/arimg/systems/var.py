@@ -57,4 +57,5 @@ SYSTEM = System(
     "all tokens of a scale at once, from the sum of the scales before",
     tokenizer,
     make,
+    released=True,
 )
