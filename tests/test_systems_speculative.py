@@ -5,10 +5,11 @@ import torch
 
 import system_checks as checks
 from arimg.generators.loop import ALWAYS, final_tokens, generate
-from arimg.generators.speculative import BiasedGrouped, Grouped, Jacobi
+from arimg.generators.speculative import BiasedGrouped, Draft, Grouped, Jacobi
 from arimg.systems import llamagen
-from arimg.systems.speculative import SMALL, SYSTEMS, SpeculativeModel
+from arimg.systems.speculative import SMALL, SYSTEMS, DraftedModel, SpeculativeModel
 from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
+from pretend_cuda import CUDA, pretend_cuda
 
 FOUND = {system.name: system for system in SYSTEMS}
 LABELS = torch.tensor([1, 0])
@@ -58,15 +59,20 @@ RULES = {
     "coupled": Jacobi(3, "couple"),
     "shared noise": Jacobi(3, "gumbel"),
     "grouped": BiasedGrouped(3),
+    "grouped by codes": BiasedGrouped(3, embedding=torch.linspace(0, 1, 40)[:, None], max_distance=0.3),
     "grouped, exact": Grouped(3, torch.arange(40) // 4),
 }
 
 
+TINY = {"depth": 1, "width": 32, "heads": 2, "hidden": 48, "dropout": 0.0}
+
+
+def network():
+    return checks.spread(SpeculativeModel(checks.tokenizer(), 2, RULES, **TINY))
+
+
 def drawn(name):
-    """By a small network."""
-    size = {"depth": 1, "width": 32, "heads": 2, "hidden": 48, "dropout": 0.0}
-    network = checks.spread(SpeculativeModel(checks.tokenizer(), 2, RULES, **size))
-    (tokens,) = final_tokens(generate(network, LABELS, commit=RULES[name], seed=7))
+    (tokens,) = final_tokens(generate(network(), LABELS, commit=RULES[name], seed=7))
     return tokens
 
 
@@ -79,6 +85,24 @@ def expected():
 def test_every_backend_drafts_and_checks_the_same(backend, expected, name):
     if backend.device == "cpu":
         assert torch.equal(drawn(name), expected[name]) and expected[name].shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_whole_model_draws_the_same_on_emulated_cuda(name):
+    checks.same_tokens_emulated(network(), [1, 0], commit=RULES[name])
+
+
+def test_a_draft_model_drafts_the_same_on_emulated_cuda():
+    drafted = checks.spread(DraftedModel(checks.tokenizer(), 2, **SMALL))
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in drafted.small.named_parameters():
+            p.copy_(drafted.get_parameter(name) * (1 + 0.05 * torch.randn(p.shape, generator=noise)))
+    kept = torch.stack([turn.length for turn in checks.turns_of(drafted, [1, 0])])
+    assert {1, 5} <= set(kept.flatten().tolist())  # drafts are refused, and all of them kept
+    checks.same_tokens_emulated(drafted, [1, 0])
+    with pretend_cuda(), pytest.raises(ValueError, match="expected a draft model on cuda:0, got one on cpu"):
+        next(generate(network().to(CUDA), LABELS, commit=Draft(drafted.small, 2)))
 
 
 def test_the_network_is_that_of_llamagen(tokenizer):

@@ -261,7 +261,7 @@ def generate(
     model's own (`model.sampler`, `model.commit`, else everything at once). seed: an int s (row r draws with s
     + r) or int64 [B].
     given: int64 [B, n] tokens of the first steps, kept as they are. options: for the model (`begin`).
-    Labels, seeds and given tokens may lie on the host, wherever the model is.
+    Labels, seeds, given tokens and what a rule holds may lie on the host, wherever the model is.
     """
     sampler = sampler or model.sampler
     rule: Commit = getattr(model, "commit", ALWAYS) if commit is None else commit
@@ -269,6 +269,8 @@ def generate(
         options = {"window": window, **options}
     with torch.no_grad():
         session = model.begin(condition, guided=sampler.guidance is not None, **options)
+        if to := getattr(rule, "to", None):
+            rule = to(session.device)
     for tokens, n in zip(given, session.layout.sizes):
         if tuple(tokens.shape[:2]) != (session.rows, n):
             raise ValueError(f"expected given tokens [{session.rows}, {n}], got {list(tokens.shape)}")

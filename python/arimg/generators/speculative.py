@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -105,6 +105,11 @@ class _Source(Protocol):
 # --- drafts from the pass before ---------------------------------------------------------------------------
 class _FromPassBefore(_Windows):
     start: Start
+
+    def to(self, device: torch.device) -> _FromPassBefore:
+        """The rule with its tensors on a device; `generate` asks for it once, for that of its session."""
+        held = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **held) if held else self  # type: ignore[type-var]
 
     def _drafts(self, run: Run, guidance: float | None) -> _Source:
         return _Tails(self.window, self.start)
@@ -232,6 +237,8 @@ class Draft(_Windows):
     def _drafts(self, run: Run, guidance: float | None) -> _Source:
         with torch.no_grad():
             session = self.model.begin(run.condition, guided=guidance is not None, window=self.window + 1)
+        if session.device != run.session.device:
+            raise ValueError(f"expected a draft model on {run.session.device}, got one on {session.device}")
         if session.vocabulary != run.session.vocabulary:
             raise ValueError(
                 f"expected a draft model with {run.session.vocabulary} tokens, got {session.vocabulary}"
