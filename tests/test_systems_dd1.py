@@ -1,5 +1,7 @@
 """DD1: noise to tokens by the codebook flow, a student that answers in one pass."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from arimg.systems import find
 from arimg.systems.dd1 import DD1, FlowSampler, make, token_noise
 from arimg.tokenizers import VQVAE
 from conftest import Backend
+from pretend_cuda import CUDA, pretend_cuda
+from system_checks import same_tokens_emulated
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +161,19 @@ def test_what_does_not_fit_is_refused(student: DD1, teacher: VAR) -> None:
     names = set(student.state_dict()) - set(teacher.state_dict())
     assert names == {"kind.weight", "code_head.weight", "code_head.bias"}
     assert student.state_dict()["kind.weight"].shape == (2, 64)
+
+
+def test_the_whole_model_draws_the_same_on_emulated_cuda(student: DD1) -> None:
+    same_tokens_emulated(student)
+
+
+def test_the_teacher_answers_the_same_on_emulated_cuda(student: DD1) -> None:
+    pixels, labels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([2])
+    expected = student.examples(pixels, labels)
+    with pretend_cuda() as mode:
+        moved = copy.deepcopy(student).to(CUDA)
+        pairs = moved.examples(pixels.to(CUDA), labels.to(CUDA)).cpu()
+    assert torch.allclose(pairs[..., :-1], expected[..., :-1], atol=1e-5)
+    assert (pairs[..., -1] == expected[..., -1]).float().mean() > 0.98  # a token may flip near a tie
+    assert {"codebook_softmax_mean", "nearest_code", "philox_uniform"} <= set(mode.kernels)
+    assert not mode.on_host
