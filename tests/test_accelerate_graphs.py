@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import types
 import weakref
 
 import pytest
@@ -20,7 +21,7 @@ import arimg
 import test_accelerate
 import test_accelerate_llamagen
 from arimg import _library
-from arimg.accelerate.graphs import GraphedStep, Graphs
+from arimg.accelerate.graphs import CudaBackend, GraphedStep, Graphs
 from arimg.accelerate.swap import is_swapped
 from test_cuda_graphs import Watch
 
@@ -57,7 +58,7 @@ class Recorder:
 
     def capture(self, function):
         if self.error:
-            raise RuntimeError(self.error)
+            raise self.error
         with Watch(), Memory() as held:
             outputs = [t.clone() for t in function()]
         self.recorded += 1
@@ -117,7 +118,7 @@ def test_moved_memory_is_captured_anew():
 
 
 def test_what_cannot_be_captured_runs_as_it_is_and_says_why():
-    graphs = Graphs(Recorder(error="operation not permitted\n when stream is capturing"))
+    graphs = Graphs(Recorder(error=RuntimeError("operation not permitted\n when stream is capturing")))
     step = graphs.step(plus)
     for _ in range(3):
         assert torch.equal(step(torch.ones(2))[0], torch.ones(2))
@@ -128,6 +129,186 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_why():
     for _ in range(3):
         refused(torch.ones(2))
     assert refused.reason == "no such device" and not refused._graphs
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("lost"), torch.OutOfMemoryError("lost")])
+def test_all_errors_of_the_device_are_reasons(error):
+    step = GraphedStep(plus, Recorder(error=error))
+    for _ in range(3):
+        assert torch.equal(step(torch.ones(2))[0], torch.ones(2))
+    assert step.reason == "capture failed: lost"
+
+
+def test_other_errors_are_raised_and_nothing_stays_behind():
+    """The function's own are the same without a graph."""
+    backend = Recorder(error=ValueError("expected fewer"))
+    step = GraphedStep(plus, backend)
+    step(torch.ones(2))
+    with pytest.raises(ValueError, match="expected fewer"):
+        step(torch.ones(2))
+    backend.error = None
+    assert torch.equal(step(torch.ones(2))[0], torch.ones(2)) and backend.recorded == 1 and not step.reason
+
+
+class Stream:
+    def __init__(self, device):
+        self.device = device
+
+
+class Within:
+    """Another device, or its stream: `with` ends, and an exit that is left out does nothing later."""
+
+    def __init__(self, cuda, device, stream=None):
+        self.cuda, self.place, self.new = cuda, device, stream
+
+    def __enter__(self):
+        self.before = self.cuda.device, self.cuda.current[self.place]
+        self.cuda.device = self.place
+        if self.new:
+            self.cuda.current[self.place] = self.new
+
+    def __exit__(self, *_):
+        self.cuda.device, stream = self.before
+        if self.new:
+            self.cuda.current[self.place] = stream
+
+
+class Cuda:
+    """What the backend asks of torch.cuda: two devices with their streams and pools, no kernels.
+
+    As torch's, its allocator refuses a pool whose last graph is gone, and `torch.cuda.graph`, which is
+    torch's own, leaves its stream current where the end of a capture fails.
+    """
+
+    def __init__(self, monkeypatch):
+        self.device, self.capturing, self.fails, self.log, self.users = 0, None, False, [], {}
+        self.current = [Stream(0), Stream(1)]
+        cuda = self
+
+        class Graph:
+            key = None
+
+            def capture_begin(self, pool=None, **options):
+                device = cuda.device
+                self.key = device, (object(),) if pool is None else pool
+                users = cuda.users.get(self.key)
+                assert users is None or users > 0, "INTERNAL ASSERT FAILED"
+                cuda.users[self.key] = (users or 0) + 1
+                cuda.capturing = cuda.current[device]
+                cuda.log.append(("begin", options["capture_error_mode"], cuda.capturing))
+
+            def capture_end(self):
+                cuda.capturing = None
+                if cuda.fails:
+                    raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+            def pool(self):
+                return self.key[1]
+
+            def replay(self):
+                pass
+
+            def __del__(self):
+                if self.key is not None:
+                    cuda.users[self.key] -= 1
+
+        names = dict(
+            CUDAGraph=Graph,
+            Stream=lambda: Stream(cuda.device),
+            stream=lambda stream: Within(cuda, stream.device, stream),
+            device=lambda device: Within(cuda, device.index),
+            current_stream=lambda: cuda.current[cuda.device],
+            set_stream=self.set_stream,
+            synchronize=lambda: cuda.log.append(("synchronize", cuda.device)),
+            empty_cache=lambda: None,
+        )
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+
+    def set_stream(self, stream):
+        self.current[stream.device], self.device = stream, stream.device
+
+    def launching(self, index, error=None):
+        """A function that launches on this device, in the order of the stream that is current there."""
+
+        def function():
+            self.log.append(("launch", index, self.current[index], self.capturing))
+            if error and self.capturing:
+                raise error
+            return [types.SimpleNamespace(device=torch.device("cuda", index))]
+
+        return function
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return Cuda(monkeypatch)
+
+
+def test_a_capture_takes_the_device_of_its_tensors_and_waits_for_nothing_else(cuda):
+    backend, before, kept = CudaBackend(), list(cuda.current), []
+    for _ in range(2):
+        kept.append(backend.capture(cuda.launching(1)))
+        assert cuda.current == before and cuda.device == 0
+    first, second = cuda.log[:4], cuda.log[4:]
+    side = first[2][2]
+    assert side.device == 1 and side is not before[1]
+    assert first == second == [
+        ("launch", 1, before[1], None),  # in the order of the caller's work
+        ("synchronize", 1),
+        ("begin", "thread_local", side),  # other threads go on
+        ("launch", 1, side, side),
+    ]  # fmt: skip
+
+
+def test_graphs_of_a_device_share_a_pool_as_long_as_there_are_some(cuda):
+    backend = CudaBackend()
+    kept = [backend.capture(cuda.launching(i)) for i in (0, 1, 0, 1)]
+    assert list(cuda.users.values()) == [2, 2]
+    del kept[0], kept[0]
+    kept.append(backend.capture(cuda.launching(0)))
+    assert list(cuda.users.values()) == [2, 1]
+    kept.clear()
+    assert list(cuda.users.values()) == [0, 0]
+    kept.append(backend.capture(cuda.launching(1)))  # torch would refuse the pool of before
+    assert list(cuda.users.values()) == [0, 0, 1]
+    twin = copy.deepcopy(backend)
+    kept.append(twin.capture(cuda.launching(1)))
+    assert list(cuda.users.values()) == [0, 0, 1, 1]
+
+
+def test_a_failed_capture_leaves_the_streams_as_they_were(cuda):
+    backend, before = CudaBackend(), list(cuda.current)
+    cuda.fails = True
+    error = torch.AcceleratorError("operation not permitted")
+    with pytest.raises(torch.AcceleratorError, match="previous error during capture"):
+        backend.capture(cuda.launching(1, error))
+    assert cuda.current == before and cuda.device == 0 and cuda.capturing is None
+    cuda.fails = False
+    with pytest.raises(ValueError, match="expected fewer"):
+        backend.capture(cuda.launching(1, ValueError("expected fewer")))
+    assert cuda.current == before and cuda.device == 0 and cuda.capturing is None
+    del error
+    gc.collect()
+    kept = backend.capture(cuda.launching(1))
+    assert cuda.current == before and sum(cuda.users.values()) == 1 and kept
+
+
+def test_the_reason_names_the_error_before_too():
+    """The end of a capture reports no more than that there was one."""
+
+    class Chained(Recorder):
+        def capture(self, function):
+            try:
+                raise RuntimeError("operation not permitted")
+            finally:
+                raise torch.AcceleratorError("previous error")
+
+    step = GraphedStep(plus, Chained())
+    for _ in range(2):
+        step(torch.ones(2))
+    assert step.reason == "capture failed: previous error; before it: operation not permitted"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -34,26 +34,34 @@ class Backend(Protocol):
 
 
 class CudaBackend:
-    """torch.cuda.graph; the graphs of one backend share a pool of memory, for they run one after another."""
+    """torch.cuda.graph; the graphs of a device share a pool of memory, for they run one after another."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        # by device: the stream of captures, and the graphs in use
+        self._devices: dict[torch.device, tuple[Any, WeakSet[Any]]] = {}
 
     def refusal(self) -> str:
         return "" if torch.cuda.is_available() else "no CUDA device here"
 
     def capture(self, function: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function()  # libraries set up what they need for a stream at its first use
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may decode, and allocate, meanwhile (arimg.pipelined)
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = function()
+        device = function()[0].device  # libraries set up what they need in a thread at its first use
+        with torch.cuda.device(device):
+            if device not in self._devices:
+                self._devices[device] = torch.cuda.Stream(), WeakSet()
+            stream, graphs = self._devices[device]
+            pool = next((g.pool() for g in graphs), None)  # a pool ends with the last graph in it
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # thread_local: another thread may decode, and allocate, meanwhile (arimg.pipelined)
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = function()
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails leaves its own
+        graphs.add(graph)
         return outputs, graph.replay
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CudaBackend, ()
 
 
 @dataclass
@@ -123,9 +131,11 @@ class GraphedStep:
             own = tuple(t.detach().clone() for t in inputs)
         try:
             outputs, replay = self.backend.capture(partial(self.function, *own, **settings))
-        except RuntimeError as error:
+        except RuntimeError as error:  # of the device, its memory too; others are the function's own
             self.reset()
-            self.reason = f"capture failed: {' '.join(str(error).split())[:200]}"
+            self.reason = f"capture failed: {_text(error)}"
+            if isinstance(error.__context__, RuntimeError):
+                self.reason += f"; before it: {_text(error.__context__)}"
             self.counts.reasons[self.reason] = None
             return None
         self.counts.captures += 1
@@ -134,6 +144,10 @@ class GraphedStep:
     def reset(self) -> None:
         """Drops all graphs."""
         self._graphs.clear()
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class Graphs:
