@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from arimg import _library, commit, ops
 
@@ -28,8 +30,11 @@ FORBIDDEN = {
     "aten::nonzero",
     "aten::repeat_interleave.Tensor",
     "aten::_unique2",
+    "aten::unique_consecutive",
     "aten::unique_dim",
 }
+# On the CPU these read or share memory without an operation.
+METHODS = {"tolist", "numpy", "__array__", "cpu", "cuda", "pin_memory", "from_numpy", "as_tensor"}
 
 
 class Draft:
@@ -338,13 +343,33 @@ def flat(out: Any) -> list[torch.Tensor]:
     return [out] if isinstance(out, torch.Tensor) else [t for part in out for t in flat(part)]
 
 
+class Methods(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert getattr(func, "__name__", "") not in METHODS, f"{func.__name__} cannot be captured"
+        return func(*args, **(kwargs or {}))
+
+
 class Watch(TorchDispatchMode):
+    """Fails at what a capture forbids, of tensors on several devices (fake ones) at their meeting, too."""
+
+    def __enter__(self) -> Any:
+        self.methods = Methods()
+        self.methods.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.methods.__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         masks = func.name() == "aten::index.Tensor" and any(
             t is not None and t.dtype == torch.bool for t in args[1]
         )
         assert func.name() not in FORBIDDEN and not masks, f"{func.name()} cannot be captured"
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+        assert len(devices) < 2, f"{func.name()} of {devices} cannot be captured"
+        return out
 
 
 def run(
@@ -414,6 +439,10 @@ def test_the_watch_sees_what_a_capture_forbids():
         lambda: x.nonzero(),
         lambda: torch.tensor([1, 2]),
         lambda: bool(x.any()),
+        lambda: x.tolist(),
+        lambda: x.cpu(),
+        lambda: x.numpy(),
+        lambda: torch.as_tensor(0.5),
     ):
         with pytest.raises(AssertionError, match="cannot be captured"), Watch():
             function()
