@@ -1,4 +1,4 @@
-"""arimg.accelerate on diffusers' aMUSEd: the scheduler, the pipeline (where diffusers is installed)."""
+"""arimg.accelerate on diffusers' aMUSEd: scheduler, transformer, pipeline (where diffusers is installed)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import arimg
-from arimg.accelerate import amused
+from arimg.accelerate import amused, uvit
 
 diffusers = pytest.importorskip("diffusers")
+processors = pytest.importorskip("diffusers.models.attention_processor")
 
 MASK = 9
 
@@ -215,22 +216,192 @@ def test_a_scheduler_that_does_something_else_is_kept():
     assert not report.replaced and "aMUSEd's scheduler" in report.kept[0].note
 
 
-# --- the pipeline ----------------------------------------------------------------------------------
-def pipeline():
+# --- the transformer -------------------------------------------------------------------------------
+def transformer():
     torch.manual_seed(0)
-    transformer = diffusers.UVit2DModel(
-        hidden_size=32, cond_embed_dim=32, micro_cond_encode_dim=16, micro_cond_embed_dim=80,
+    model = diffusers.UVit2DModel(
+        hidden_size=48, cond_embed_dim=32, micro_cond_encode_dim=16, micro_cond_embed_dim=80,
         encoder_hidden_size=32, vocab_size=33, codebook_size=32, in_channels=32, block_out_channels=32,
         num_res_blocks=1, downsample=True, upsample=True, block_num_heads=2, num_hidden_layers=2,
         num_attention_heads=2, intermediate_size=48, sample_size=16,
     )  # fmt: skip
+    for name, p in model.named_parameters():
+        if "norm" in name:  # weights of 1 and 0 would hide which is which
+            p.data.add_(torch.randn_like(p), alpha=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def inputs(dtype=torch.float32, text=0):
+    tokens = torch.randint(33, (2, 6, 6), generator=seeded(1))
+    states, summary = (torch.randn(2, *s, generator=seeded(2 + text)).to(dtype) for s in ((5, 32), (32,)))
+    return tokens, states, summary, torch.full((2, 5), 6.0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each part ran on our code, by its name."""
+    count = Counter()
+
+    def counted(name, original):
+        def call(*arguments):
+            count[name] += 1
+            return original(*arguments)
+
+        return call
+
+    for name in ("_ada_norm", "_response_norm", "_attention"):
+        monkeypatch.setattr(uvit, name, counted(name, getattr(uvit, name)))
+    return count
+
+
+EACH = {"_ada_norm": 6, "_response_norm": 2, "_attention": 8}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_as_near_to_float64_as_the_originals(dtype, calls):
+    model = transformer().to(dtype)
+    exact = copy.deepcopy(model).double()(*inputs(torch.float64))
+    peer = (model(*inputs(dtype)) - exact).abs().max()
+    with arimg.accelerate(model) as report:
+        assert Counter(e.part for e in report.replaced) == {
+            "AdaLayerNormContinuous": 6, "GlobalResponseNorm": 2, "Attention": 8, "Linear": 14 + 8,
+        } and not report.kept  # fmt: skip
+        for _ in range(2):  # the second time with kept keys and modulations
+            calls.clear()
+            assert (model(*inputs(dtype)) - exact).abs().max() <= 2 * peer
+            assert calls == EACH
+
+
+def test_what_sees_the_text_alone_is_computed_once(monkeypatch):
+    model = transformer()
+    arimg.accelerate(model)
+    products, linear = [0], torch.nn.functional.linear
+
+    def counted(*arguments):
+        products[0] += 1
+        return linear(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+
+    def run(*arguments):
+        products[0] = 0
+        with torch.inference_mode():
+            out, count = model(*arguments), products[0]
+            assert torch.equal(out, copy.deepcopy(model)(*arguments))  # which has kept nothing
+        return count
+
+    given = inputs()
+    seen = []
+    for change in (
+        lambda: None,
+        lambda: given[0].fill_(3),  # tokens
+        lambda: given[1].mul_(1.01),  # the text, in place
+        lambda: model.transformer_layers[1].attn2.to_v.weight.data.mul_(1.5),
+        lambda: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}, assign=True),
+        lambda: None,
+    ):
+        change()
+        seen.append(run(*given))
+    every, again = seen[:2]
+    text = 2 * 2 + 2 * (4 + 1)  # keys and values of two layers; four and their mapper of two blocks
+    assert every - again == text
+    assert seen[2:] == [again + text, again + 1, every, again]
+    with torch.inference_mode():
+        model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}, assign=True)
+    assert [run(*given), run(*given)] == [every, again]
+    mapper, x = model.up_block.attention_blocks[0].kv_mapper, torch.ones(1, 3, 48)
+    with torch.inference_mode():
+        first = mapper(x)
+        assert mapper(x) is first and not torch.allclose(mapper(x.mul_(2)), first)
+
+
+def test_gradients_are_the_originals(calls):
+    model = transformer().requires_grad_(True)
+    want = model(*inputs())
+    wanted = torch.autograd.grad(want.square().sum(), list(model.parameters()))
+    with torch.inference_mode(), arimg.accelerate(model) as report:
+        model(*inputs())
+        report.restore()
+    with arimg.accelerate(model):
+        with torch.inference_mode():
+            model(*inputs())  # keeps results without a gradient
+        calls.clear()
+        got = model(*inputs())
+        found = torch.autograd.grad(got.square().sum(), list(model.parameters()))
+    assert not calls and torch.equal(got, want) and all(map(torch.equal, found, wanted))
+
+
+def test_one_part_may_be_trained():
+    """Attention has a gradient, and what was kept without one is not used."""
+    model = transformer()
+    weight = model.transformer_layers[1].attn2.to_q.weight.requires_grad_(True)
+
+    def gradient():
+        return torch.autograd.grad(model(*inputs()).square().sum(), weight)[0]
+
+    want = gradient()
+    with arimg.accelerate(model):
+        with torch.inference_mode():
+            model(*inputs())
+        assert torch.allclose(gradient(), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@torch.no_grad()
+def test_masks_hooks_processors_and_autocast_run_the_original(calls):
+    model = transformer()
+    want = model(*inputs())
+    layer, hooked = model.transformer_layers[0], []
+    with arimg.accelerate(model):
+        layer.attn1.set_processor(processors.AttnProcessor())
+        layer.norm1.norm.register_forward_hook(lambda *a: hooked.append(0))
+        calls.clear()
+        assert torch.allclose(model(*inputs()), want, atol=1e-4)
+        assert calls == EACH | {"_ada_norm": 5, "_attention": 7} and len(hooked) == 1
+        calls.clear()
+        layer.attn2(torch.randn(2, 9, 48), torch.randn(2, 9, 48), torch.zeros(2, 9))
+        layer.attn2(torch.randn(2, 48, 3, 3))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(*inputs())
+        assert not calls
+
+
+def test_parts_that_compute_something_else_are_kept():
+    model = transformer()
+    model.transformer_layers[0].attn1.set_processor(processors.AttnProcessor())
+    model.transformer_layers[1].attn2.residual_connection = True
+    model.up_block.res_blocks[0].channelwise_norm.forward = lambda x: x
+    kept = {e.path: e.note for e in arimg.accelerate(model).kept}
+    assert kept["transformer_layers.0.attn1"] == "expected what computes the same as Attention, on the CPU"
+    assert set(kept) == {"transformer_layers.0.attn1", "transformer_layers.1.attn2"}
+
+
+@torch.inference_mode()
+def test_the_transformers_way_back_and_copies(calls):
+    model = transformer()
+    want, names, kinds = model(*inputs()), list(model.state_dict()), [type(m) for m in model.modules()]
+    report = arimg.accelerate(model)
+    assert list(model.state_dict()) == names
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        calls.clear()
+        assert torch.allclose(twin(*inputs()), want, atol=1e-4) and calls == EACH
+    linear = model.transformer_layers[0].attn2.to_k
+    assert linear in uvit._kept
+    report.restore()
+    assert linear not in uvit._kept and [type(m) for m in model.modules()] == kinds
+    assert torch.equal(model(*inputs()), want)
+
+
+# --- the pipeline ----------------------------------------------------------------------------------
+def pipeline():
+    torch.manual_seed(0)
     vqvae = diffusers.VQModel(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(16, 32), norm_num_groups=4, latent_channels=8, num_vq_embeddings=32,
         lookup_from_codebook=True,
     )  # fmt: skip
     made = diffusers.AmusedPipeline(
-        vqvae=vqvae.eval(), tokenizer=None, text_encoder=None, transformer=transformer.eval(),
+        vqvae=vqvae.eval(), tokenizer=None, text_encoder=None, transformer=transformer(),
         scheduler=diffusers.AmusedScheduler(32),
     )  # fmt: skip
     made.set_progress_bar_config(disable=True)
@@ -252,7 +423,9 @@ def test_a_pipeline_is_accelerated_as_a_whole(runs):
     want = pictures(pipe)
     with arimg.accelerate(pipe) as report:
         assert report.model == "AmusedPipeline"
-        assert {"scheduler", "vqvae.quantize"} <= {e.path for e in report.replaced}
+        assert {"scheduler", "vqvae.quantize", "transformer.transformer_layers.0.attn1"} <= {
+            e.path for e in report.replaced
+        }
         runs[0] = 0
         got = pictures(pipe)
         assert runs[0] == 4 and got.shape == want.shape == (2, 3, 16, 16)

@@ -163,14 +163,3 @@ def test_an_adapter_a_hook_and_a_given_size_run_the_original(runs):
     want = tree["upsamplers"](x, (7, 9))
     with arimg.accelerate(tree) as report:
         assert report.replaced and torch.equal(tree["upsamplers"](x, (7, 9)), want)
-
-
-def test_the_transformer_of_amused_is_left_alone():
-    model = diffusers.UVit2DModel(
-        hidden_size=32, cond_embed_dim=32, micro_cond_encode_dim=16, micro_cond_embed_dim=80,
-        encoder_hidden_size=32, vocab_size=32, codebook_size=32, in_channels=32, block_out_channels=32,
-        num_res_blocks=1, downsample=True, upsample=True, block_num_heads=1, num_hidden_layers=1,
-        num_attention_heads=1, intermediate_size=32,
-    )  # fmt: skip
-    report = arimg.accelerate(model.eval())
-    assert not report.replaced and report.kept[0].note.startswith("no known part found; looked for ")

@@ -18,6 +18,7 @@ from arimg.accelerate.llamagen import recognise_llamagen
 from arimg.accelerate.llamagen_quantizer import recognise_llamagen_quantizer
 from arimg.accelerate.report import Entry, Report
 from arimg.accelerate.scalar_codes import recognise_scalar_codes
+from arimg.accelerate.uvit import recognise_uvit
 from arimg.accelerate.var import recognise_var, recognise_var_quantizer
 from arimg.accelerate.vector_quantize import recognise_vector_quantize
 from arimg.accelerate.vqvae_quantizer import recognise_vqvae_quantizer
@@ -34,6 +35,7 @@ RECOGNISERS: tuple[tuple[str, Callable[[Report, str, nn.Module], bool]], ...] = 
         "transformers' decoder layers (layers, embed_tokens, norm, rotary_emb)",
         recognise_llama_layers,
     ),
+    ("aMUSEd's UVit2DModel (down_block, transformer_layers, up_block, mlm_layer)", recognise_uvit),
     ("ImageGPT's blocks in transformers (wte, wpe, h, ln_f)", recognise_imagegpt),
     ("quantizers of transformers' and diffusers' VQVAEs (an embedding alone)", recognise_vqvae_quantizer),
     ("LlamaGen's quantizer (embedding, n_e, e_dim, l2_norm)", recognise_llamagen_quantizer),

@@ -32,10 +32,15 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def fits(x: Tensor, *weights: Tensor) -> bool:
-    """Whether x is a few rows on the CPU, of the weights' type, and no gradient, graph or autocast is on."""
+    """Whether x is a few rows, and `usual`."""
+    return 0 < x.numel() <= MAX_ROWS * x.shape[-1] and usual(x, *weights)
+
+
+def usual(x: Tensor, *weights: Tensor) -> bool:
+    """Whether x is on the CPU, of the weights' type, and no gradient, graph or autocast is on."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if not 0 < x.numel() <= MAX_ROWS * x.shape[-1] or x.dtype not in FLOATING or _library.ops() is None:
+    if x.dtype not in FLOATING or _library.ops() is None:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
         return False
