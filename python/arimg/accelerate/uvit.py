@@ -17,6 +17,7 @@ from arimg.accelerate import probe
 from arimg.accelerate.few_rows import FewRows, is_plain, usual
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
+from arimg.accelerate.view import source_of
 
 _NAMES = {
     "encoder_proj", "cond_embed", "embed", "down_block", "project_to_hidden", "transformer_layers",
@@ -121,7 +122,7 @@ class _KeptLinear(Mixin):
         # A kept result may be an inference tensor, of which no gradient can be taken.
         if torch.is_grad_enabled() or not usual(input, *weights):
             return super().forward(input)  # type: ignore[misc, no-any-return]
-        digest = [_digest(w) for w in weights]
+        digest = [(source_of(w), _digest(w)) for w in weights]
         last = _kept.get(module)
         if last is None or last[0] != digest or not torch.equal(last[1], input):
             last = _kept[module] = (digest, input.clone(), super().forward(input))  # type: ignore[misc]
@@ -135,7 +136,7 @@ class _KeptLinear(Mixin):
 def _digest(weight: Tensor) -> int:
     """The sum of a weight's bits, eight bytes at a time: read at memory speed, a twentieth of the product.
 
-    A version counter would miss changes by way of `.data`, as those of merged adapters.
+    A version counter alone would miss changes by way of `.data`, as those of merged adapters.
     """
     return int(weight.detach().reshape(-1).view(torch.int64).sum())
 
