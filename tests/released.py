@@ -218,3 +218,13 @@ def nar(depth: int, c: int, hidden: int, vocab: int = 16384, classes: int = 1000
         "medusa_norm.weight": (c,),
         "medusa_output.weight": (vocab, c),
     }
+
+
+def detailflow(
+    depth: int, c: int, hidden: int, vocab: int = 8192, classes: int = 1000, group: int = 8
+) -> Shapes:
+    """LlamaGen's names, and the slots behind the first group."""
+    return {
+        **llamagen(depth, c, hidden, vocab, classes),
+        "spe_tok_embeddings.special_embeddings.weight": (group - 1, c),
+    }

@@ -1,73 +1,149 @@
-"""DetailFlow's generator: groups per pass, caches against a recomputation, what sees what."""
+"""DetailFlow: groups per pass, caches against a recomputation, noise in training, pictures of prefixes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from arimg.generators.loop import Sampler, final_tokens, generate
-from arimg.systems.detailflow import DetailFlowModel
-from arimg.systems.tokenizer import SIZE, _single_scale, scale_tokenizer
-from system_checks import same_tokens_emulated
+import latent_toys as toys
+import released
+import system_checks as checks
+from arimg.generators.loop import Session
+from arimg.layout import Layout
+from arimg.systems.detailflow import DetailFlowModel, details
+from arimg.tokenizers import LatentTokenizer
+from conftest import Backend
 
-LABELS = torch.tensor([1, 0, 1])
+SMALL = {"depth": 2, "width": 32, "heads": 2, "hidden": 48, "dropout": 0.0, "class_dropout": 0.0}
+
+
+def model() -> DetailFlowModel:
+    return checks.spread(DetailFlowModel(toys.made().eval(), 3, **SMALL))
+
+
+def test_names_and_shapes_are_the_released_ones() -> None:
+    tokenizer = LatentTokenizer(toys.Averages(), details(8, 128), vocab_size=8192)
+    with torch.device("meta"):
+        m = DetailFlowModel(tokenizer, 1000, depth=24, width=1024, heads=16)
+    assert released.shapes_of(m) == released.detailflow(24, 1024, 2816)
+    assert len(m.layout) == 23 and tokenizer.codes.shape == (8192, 8)
+
+
+def test_a_released_state_dict_gives_the_structure_and_is_loaded() -> None:
+    shapes = released.detailflow(2, 32, 48, vocab=64, classes=3, group=4)
+    options = {"heads": 2, "dropout": 0.0, "class_dropout": 0.0}
+    checks.check_loads(model(), released.random_state(shapes), **options)
+
+
+def test_other_tokenizers_are_refused() -> None:
+    tokenizer = toys.made()
+    for sizes in ([1] * 16, [4] * 4, [1, 1, 1, 4, 4], [1, 1, 1, 1, 4, 4, 2]):
+        tokenizer.layout = Layout.groups(sizes)
+        with pytest.raises(ValueError, match=r"expected a tokenizer of n single tokens and groups of n, got"):
+            DetailFlowModel(tokenizer, 3, **SMALL)
+    with pytest.raises(ValueError, match=r"expected indices \[1, 12\], got \[1, 11\]"):
+        model()(torch.tensor([0]), torch.zeros(1, 11, dtype=torch.int64))
+
+
+def test_cached_logits_equal_teacher_forced_ones_and_those_without_caches() -> None:
+    m = model()
+    turns = checks.turns_of(m)
+    assert [t.drawn.shape[1] for t in turns] == [1, 1, 1, 1, 4, 4, 4]
+    labels = torch.tensor([*checks.LABELS, -1, -1, -1])
+    with torch.no_grad():
+        forced = m(labels, checks.tokens_of(turns)[:, :-4].repeat(2, 1))
+    assert checks.close(torch.cat([t.logits for t in turns], 1), forced)
+    checks.check_ways(m)
+
+
+def test_a_group_depends_on_the_groups_before_it_and_single_tokens_on_those_before() -> None:
+    m = model()
+    tokens = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(0))
+
+    def same(place: int) -> list[bool]:
+        changed = tokens.clone()
+        changed[0, place] = (changed[0, place] + 1) % 64
+        with torch.no_grad():
+            before, after = (m(torch.tensor([0]), t) for t in (tokens, changed))
+        return [bool((a == b).all()) for a, b in zip(before[0], after[0], strict=True)]
+
+    assert same(2) == [True] * 3 + [False] * 13
+    assert same(5) == [True] * 8 + [False] * 8
+    assert same(11) == [True] * 12 + [False] * 4
+
+
+def test_rows_alone_draw_the_same() -> None:
+    together = checks.check_rows_alone(model())
+    assert together.shape == (3, 16)
+
+
+def test_the_kernels_draw_what_the_oracle_does(backend: Backend) -> None:
+    checks.check_draws(checks.turns_of(model(), [1]), backend)
+
+
+def test_the_whole_model_on_the_kernels_of_the_gpu() -> None:
+    checks.same_tokens_emulated(model())
+
+
+def features(n: int) -> Tensor:
+    return toys.Averages().features(toys.pictures(n, 5))
+
+
+def test_noise_comes_to_some_rows_of_training_and_stays_out_of_the_targets() -> None:
+    m, f = model(), features(200)
+    clean = m.tokenizer.encode_features(f)
+    assert all(torch.equal(part, clean) for part in m.taught(f))
+    torch.manual_seed(0)
+    shares, starts = [], set()
+    for _ in range(20):
+        inputs, targets = m.train().taught(f)
+        differs = inputs != targets
+        start, end = next(s for s in m.layout.segments if differs[:, s[0] : s[1]].any())
+        assert not differs[:, :start].any() and not differs[:, end:].any()
+        assert torch.equal(targets[:, :end], clean[:, :end])
+        untouched = (inputs == clean).all(1) & (targets == clean).all(1)
+        shares.append(1 - float(untouched.float().mean()))
+        starts.add(start)
+    assert 0.25 < sum(shares) / 20 < 0.35
+    assert len(starts) > 3 and 12 not in starts
+
+
+def test_it_learns() -> None:
+    torch.manual_seed(0)
+    m = DetailFlowModel(toys.made().eval(), 2, **SMALL)
+    f = features(2).repeat(8, 1, 1, 1)
+    checks.check_learns(m, f, torch.arange(16) % 2)
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    made = DetailFlowModel(_single_scale(scale_tokenizer(), 64), 2, depth=2, width=32, heads=2, dropout=0.0)
-    torch.nn.init.normal_(made.output.weight, std=0.2)
-    return made.eval()
+def trained() -> LatentTokenizer:
+    return toys.trained(0, 0.5)
 
 
-def test_passes_and_cached_logits_are_those_of_the_whole_sequence(model):
-    turns = list(generate(model, LABELS, seed=3))
-    assert len(turns) == 8 + 7
-    tokens = torch.cat([turn.drawn for turn in turns], 1)
-    cached = torch.cat([turn.logits for turn in turns], 1)
-    with torch.no_grad():
-        said = model(LABELS, tokens[:, :-8])
-        alone = model(torch.full_like(LABELS, -1), tokens[:, :-8])
-    assert torch.allclose(cached, torch.cat((said, alone)), atol=2e-5, rtol=1e-4)
-    released = list(generate(model, LABELS, seed=3, cached=False))
-    for ours, theirs in zip(turns, released, strict=True):
-        assert torch.allclose(ours.logits, theirs.logits, atol=2e-5, rtol=1e-4)
+def test_pictures_of_longer_prefixes_are_nearer_to_the_whole(trained: LatentTokenizer) -> None:
+    m = DetailFlowModel(trained, 2, **SMALL)
+    images = toys.pictures(64, 5)
+    tokens = [part.contiguous() for part in trained.encode(images).split(m.layout.sizes, 1)]
+    session: Session = mock.Mock()
+    whole = m.decode(session, tokens)
+    ends = [1, 2, 4, 5, 7]  # 1, 2, 4, 8, 16 tokens: 3 of 4 x 4 pixels would cut the edges of these pictures
+    errors = [float((m.preview(session, tokens[:n]) - whole).square().mean()) for n in ends]
+    assert all(a > b for a, b in pairwise(errors)), errors
+    assert errors[-1] == 0.0 and errors[-2] < 0.2 * errors[0]
 
 
-def test_a_group_depends_on_the_groups_before_it_alone(model):
-    tokens = torch.randint(64, (1, 64), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        before = model(LABELS[:1], tokens[:, :-8])
-        changed = tokens.clone()
-        changed[:, 19] = (changed[:, 19] + 1) % 64
-        after = model(LABELS[:1], changed[:, :-8])
-    same = (before == after).all(-1)[0]
-    assert same[:24].all() and not same[24:].any()
-
-
-def test_rows_and_seeds(model):
-    tokens = torch.cat(final_tokens(generate(model, LABELS, seed=3)), 1)
-    assert torch.equal(torch.cat(final_tokens(generate(model, LABELS, seed=3)), 1), tokens)
-    for r in range(3):
-        alone = torch.cat(final_tokens(generate(model, LABELS[r : r + 1], seed=3 + r)), 1)
-        assert torch.equal(alone[0], tokens[r])
-    assert model.pictures(LABELS).shape == (3, 3, SIZE, SIZE)
-    with pytest.raises(ValueError, match=r"expected indices \[3, 56\], got \[3, 55\]"):
-        model(LABELS, tokens[:, :55])
-
-
-def test_the_whole_model_draws_the_same_on_emulated_cuda(model):
-    same_tokens_emulated(model, [1, 0])
-    same_tokens_emulated(model, [1, 0], sampler=Sampler(top_k=1), cached=False)
-
-
-def test_it_learns_rows_from_their_slots(model):
-    torch.manual_seed(0)
-    fresh = DetailFlowModel(model.tokenizer, 2, depth=1, width=32, heads=2, dropout=0.0)
-    examples = (torch.arange(64) % 8).expand(8, 64)
-    optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-2)
-    for _ in range(30):
-        loss = fresh.loss(examples, torch.arange(8) % 2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.5
+def test_previews_are_prefixes_of_the_picture(trained: LatentTokenizer) -> None:
+    m = checks.spread(DetailFlowModel(trained, 2, **SMALL))
+    labels = torch.tensor([0, 1])
+    shown = m.previews(labels, seed=4)
+    assert shown.shape == (2, 5, 3, 32, 32)  # after 1, 2, 4, 8 and 16 tokens
+    assert torch.equal(shown[:, -1], m.pictures(labels, seed=4))
+    tokens = checks.tokens_of(checks.turns_of(m, [0, 1], seed=4))
+    small = trained.decode(tokens[:, :8])
+    assert small.shape[-1] < 32
+    assert torch.equal(shown[:, 3], F.interpolate(small, (32, 32), mode="bilinear"))

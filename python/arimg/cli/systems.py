@@ -51,6 +51,9 @@ def add_commands(commands: Any) -> None:
     sample.add_argument("--class", dest="classes", action="append", metavar="CLASS", help="may be repeated")
     sample.add_argument("--n", type=int, default=4, help="pictures per class (default 4)")
     sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument(
+        "--previews", action="store_true", help="a row per picture: after 1, 2, 4, ... tokens"
+    )
     sample.add_argument("-o", "--out", type=Path, default=Path("grid.png"))
 
 
@@ -115,5 +118,9 @@ def run_sample(args: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"unknown class {unknown[0]!r}; expected one of {', '.join(trained.classes)}")
     labels = torch.tensor([trained.classes.index(name) for name in names for _ in range(args.n)])
-    save_png(make_grid(trained.model.pictures(labels, seed=args.seed), max(args.n, 4)), args.out)
+    if args.previews:
+        shown = trained.model.previews(labels, seed=args.seed)
+        save_png(make_grid(shown.flatten(0, 1), shown.shape[1]), args.out)
+    else:
+        save_png(make_grid(trained.model.pictures(labels, seed=args.seed), max(args.n, 4)), args.out)
     print(f"{args.out}: {len(labels)} pictures of {system.title}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from arimg.data.images import Images
@@ -75,9 +77,26 @@ class SystemModel(nn.Module, ABC):
 
     def pictures(self, labels: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
         """Pictures of the given classes, [B, 3, S, S]; options are those of `generate`."""
+        return self.decode(*self._drawn(labels, seed, options))
+
+    def preview(self, session: Session, tokens: list[Tensor]) -> Tensor:
+        """As `decode`, with the tokens of the first steps alone."""
+        raise ValueError(f"expected a system whose first tokens decode alone, got {type(self).__name__}")
+
+    def previews(self, labels: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
+        """Pictures of the given classes when the first 1, 2, 4, ... tokens are drawn (and the rest of their
+        steps), and when all are, [B, k, 3, S, S].
+        """
+        session, tokens = self._drawn(labels, seed, options)
+        ends = list(accumulate(t.shape[1] for t in tokens))
+        counts = {bisect_left(ends, 2**i) + 1 for i in range(ends[-1].bit_length())} | {len(tokens)}
+        return torch.stack([self.preview(session, tokens[:n]) for n in sorted(counts)], 1)
+
+    def _drawn(self, labels: Tensor, seed: int, options: dict[str, Any]) -> tuple[Session, list[Tensor]]:
+        """A finished generation and the tokens of its steps."""
         turns = generate(self, labels, seed=seed, **options)
         first = next(turns)  # the others are not kept, nor their logits
-        return self.decode(first.run.session, final_tokens(chain([first], turns)))
+        return first.run.session, final_tokens(chain([first], turns))
 
 
 class Hidden:

@@ -5,16 +5,21 @@ scale.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from arimg import models, tokenizers
 from arimg.data.images import Images
-from arimg.tokenizers import VQVAE
+from arimg.layout import Layout
+from arimg.tokenizers import VQVAE, LatentTokenizer
+from arimg.train.latent import LatentTask
 from arimg.train.loop import RunConfig, fit
 from arimg.train.tokenizer import TokenizerSettings, TokenizerTask
 
+Made = TypeVar("Made", VQVAE, LatentTokenizer)
 SIZE = 64  # pixels of the bundled tokenizer's images
 
 
@@ -46,11 +51,29 @@ def quantizer_tokenizer(
     training forward. Its codes are not restarted. decoder_only: codes and encoder stay as they are. Written
     and read as by `grid_tokenizer`.
     """
-    model, path = around(quantizer), folder / models.TOKENIZER_FILE
+    return _kept(around(quantizer), images, folder, steps, 0, decoder_only)
+
+
+def latent_tokenizer(
+    images: Images, folder: Path, layout: Layout, steps: int = 600, **size: Any
+) -> LatentTokenizer:
+    """A 1-D tokenizer between the bundled encoder, which stays, and the bundled decoder, trained on these
+    images.
+
+    size: of the `LatentTokenizer`. Written and read as by `grid_tokenizer`.
+    """
+    torch.manual_seed(0)
+    made = LatentTokenizer(scale_tokenizer().float(), layout, **size)
+    return _kept(made, images, folder, steps, steps // 2)
+
+
+def _kept(model: Made, images: Images, folder: Path, *training: Any) -> Made:
+    """With the weights that lie in the folder, else trained."""
+    path = folder / models.TOKENIZER_FILE
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
-    model = _train(model, images, folder, steps, 0, decoder_only)
+    model = _train(model, images, folder, *training)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
     return model.eval()
 
@@ -66,17 +89,23 @@ def around(quantizer: nn.Module) -> VQVAE:
 
 
 def _train(
-    model: VQVAE, images: Images, folder: Path, steps: int, restart_until: int, decoder_only: bool = False
-) -> VQVAE:
+    model: Made, images: Images, folder: Path, steps: int, restart_until: int, decoder_only: bool = False
+) -> Made:
+    latent = isinstance(model, LatentTokenizer)
     settings = TokenizerSettings(
-        lr=5e-4, restart_every=50 if restart_until else 0, restart_until=restart_until, bf16=True,
-        decoder_only=decoder_only,
+        lr=2e-3 if latent else 5e-4, vq=0.02 if latent else 1.0, restart_every=50 if restart_until else 0,
+        restart_until=restart_until, bf16=True, decoder_only=decoder_only,
     )  # fmt: skip
     config = RunConfig(
         folder / "tokenizer", steps=steps, batch_size=16, warmup=20, ema=0.99, grid_every=steps
     )
-    trained = fit(TokenizerTask(model.train(), images, settings), config)
-    assert isinstance(trained, VQVAE)
+    model.train()
+    if isinstance(model, LatentTokenizer):
+        task = LatentTask(model, images, settings, pixels_from=4 * steps // 5)
+    else:
+        task = TokenizerTask(model, images, settings)
+    trained = fit(task, config)
+    assert isinstance(trained, type(model))
     return trained
 
 

@@ -88,7 +88,7 @@ class LatentTokenizer(nn.Module):
         h = torch.cat((rows, queries + self.places), 1)
         for block in self.encoder:
             h = block(h)
-        return F.normalize(self.narrow(h[:, rows.shape[1] :]), dim=-1)
+        return F.normalize(self.narrow(h[:, rows.shape[1] :]).float(), dim=-1)
 
     def nearest(self, z: Tensor) -> Tensor:
         index = ops.nearest_code(z.detach().reshape(-1, z.shape[-1]), self.directions().detach(), "dot")
@@ -106,6 +106,10 @@ class LatentTokenizer(nn.Module):
 
     def pixels(self, codes: Tensor) -> Tensor:
         """Codes [B, n, D] of a prefix -> pictures of the size of `target`, not clamped. Differentiable."""
+        return self.source.pixels(self.maps(codes))
+
+    def maps(self, codes: Tensor) -> Tensor:
+        """Codes [B, n, D] of a prefix -> maps for the source's decoder, [B, z, s, s] with s = side_of(n)."""
         rows, n = codes.shape[:2]
         side, width = self.side_of(n), self.masks.shape[1]
         grid = self.masks.T.reshape(1, width, self.side, self.side)
@@ -113,22 +117,37 @@ class LatentTokenizer(nn.Module):
         h = torch.cat((self.widen(codes) + self.places[:n], masks), 1)
         for block in self.decoder:
             h = block(h)
-        f_hat = self.write(h[:, n:]).transpose(1, 2).unflatten(2, (side, side))
-        return self.source.pixels(f_hat)
+        maps: Tensor = self.write(h[:, n:]).transpose(1, 2).unflatten(2, (side, side))
+        return maps
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encode_features(self.source.features(images))
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        return self.nearest(self.latents(self.source.features(images)))
+    def encode_features(self, features: Tensor) -> Tensor:
+        """Features [B, z, s, s] of the source -> tokens [B, N]."""
+        return self.nearest(self.latents(features))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n], all or the first ones -> pictures in [0, 1], the smaller the fewer they are."""
         return self.pixels(ops.lookup(tokens, self.directions())).clamp_(0, 1)
 
-    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """decode(encode(images))"""
+        return self.decode(self.encode(images))
+
+    def preview(self, tokens: Tensor) -> Tensor:
+        """As `decode`, enlarged to the full size."""
+        return F.interpolate(self.decode(tokens), self.source.image_size, mode="bilinear")
+
     def corrected(self, images: Tensor, group: int) -> Corrected:
         """Replaces the tokens of one step of the layout by near ones and encodes what follows anew."""
-        features = self.source.features(images)
+        return self.correct_features(self.source.features(images), group)
+
+    @torch.no_grad()
+    def correct_features(self, features: Tensor, group: int) -> Corrected:
+        """As `corrected`, of features [B, z, s, s] of the source."""
         z = self.latents(features)
         clean = self.nearest(z)
         noisy, _, tail = self._behind_noise(features, z, clean, group)
@@ -154,23 +173,28 @@ class LatentTokenizer(nn.Module):
         return torch.cat((clean[:, :start], drawn.view(part.shape[:2])), 1)
 
     def forward(self, images: Tensor, tokens: int | None = None, group: int | None = None) -> VQVAEOutput:
-        """Training: the picture of the first `tokens` (all of them), to be compared with `target`. group: a
-        step whose tokens are noise; those behind it are encoded with it in sight, to correct it.
+        """Training: the picture of the first `tokens` (all of them), to be compared with `target`. group: as
+        of `coded`. Indices are those of the pictures and, with noise, of what is behind it.
         """
-        features = self.source.features(images)
+        codes, loss, indices = self.coded(self.source.features(images), group)
+        return VQVAEOutput(self.pixels(codes[:, :tokens]), loss, indices)
+
+    def coded(self, features: Tensor, group: int | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Training: codes [B, N, D] of features with the gradient of the latents, the loss that draws both
+        together, and the tokens that were found. group: a step whose tokens are noise; those behind it are
+        encoded with it in sight, to correct it.
+        """
         z = self.latents(features)
-        index = self.nearest(z)
-        codes, loss = self._through(z, index)
+        indices = [self.nearest(z)]
+        codes, loss = self._through(z, indices[0])
         if group is not None:
-            noisy, known, tail = self._behind_noise(features, z, index, group)
-            behind = self.nearest(tail)
-            index = torch.cat((noisy, behind), 1)
+            _, known, tail = self._behind_noise(features, z, indices[0], group)
+            codes = known
             if tail.shape[1]:
-                passed, more = self._through(tail, behind)
+                indices.append(self.nearest(tail))
+                passed, more = self._through(tail, indices[1])
                 codes, loss = torch.cat((known, passed), 1), (loss + more) / 2
-            else:
-                codes = known
-        return VQVAEOutput(self.pixels(codes[:, :tokens]), loss, [index])
+        return codes, loss, indices
 
     def _through(self, z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Codes with the gradient of z, and the loss that draws both together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.data.images import Images, augment
 from arimg.reference.pyramid import residual_map
-from arimg.tokenizers import VQVAE
+from arimg.tokenizers import VQVAE, LatentTokenizer
 from arimg.train.grid import make_grid
 from arimg.train.loop import bfloat16, descend
 from arimg.train.losses import (
@@ -85,17 +86,27 @@ class _Usage(nn.Module):
             dist.all_reduce(self.used, dist.ReduceOp.MAX)
 
 
+class Reconstruction(NamedTuple):
+    """images: of a batch, not clamped, float32; target: what they should be; loss: the quantizer's; tokens:
+    those that were used.
+    """
+
+    images: Tensor
+    target: Tensor
+    loss: Tensor
+    tokens: list[Tensor]
+
+
 class TokenizerTask:
     """Reconstruction (L1, L2, multi-scale gradients, features), VQ and optional patch-adversarial losses."""
 
-    def __init__(self, tokenizer: VQVAE, images: Images, settings: TokenizerSettings) -> None:
+    def __init__(
+        self, tokenizer: VQVAE | LatentTokenizer, images: Images, settings: TokenizerSettings
+    ) -> None:
         self.images, self.settings = images, settings
         self.modules: dict[str, nn.Module] = {"model": tokenizer}
         # Adam with a short memory of squares: restarts and the growing features change gradients quickly.
-        if settings.decoder_only:
-            tokenizer.requires_grad_(False)
-            for part in (tokenizer.post_quant_conv, tokenizer.decoder):
-                part.requires_grad_(True)
+        self._choose()
         learnt = [p for p in tokenizer.parameters() if p.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "model": torch.optim.Adam(learnt, settings.lr, betas=(0.9, 0.97))
@@ -121,6 +132,13 @@ class TokenizerTask:
         assert isinstance(usage, _Usage)
         return usage
 
+    def _choose(self) -> None:
+        """Which weights learn."""
+        if self.settings.decoder_only:
+            self.tokenizer.requires_grad_(False)
+            for part in (self.tokenizer.post_quant_conv, self.tokenizer.decoder):
+                part.requires_grad_(True)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -129,17 +147,7 @@ class TokenizerTask:
 
     def step(self, indices: Tensor, step: int) -> dict[str, float]:
         s = self.settings
-        real = augment(self.images.batch(indices.numpy()), torch.default_generator, s.shift, s.flip)
-        restarts = s.restart_every and not s.decoder_only
-        if restarts and step % s.restart_every == 0 and step <= s.restart_until:
-            self._restart(real)
-        with torch.set_grad_enabled(not s.decoder_only):
-            with bfloat16(s.bf16):
-                f = self.tokenizer.features(real)
-            f_hat, vq, tokens = self.tokenizer.quantize(f.float())
-        with bfloat16(s.bf16):
-            fake = self.tokenizer.pixels(f_hat)
-        fake = fake.float()
+        fake, real, vq, tokens = self._reconstruct(self._batch(indices, step))
         parts = {
             "l1": s.l1 * (fake - real).abs().mean(),
             "l2": s.l2 * (fake - real).square().mean(),
@@ -165,6 +173,25 @@ class TokenizerTask:
             "psnr": float(psnr),
         }
 
+    def _batch(self, indices: Tensor, step: int) -> Tensor:
+        """The pictures of this step; unused codes move onto them when it is time."""
+        s = self.settings
+        real = augment(self.images.batch(indices.numpy()), torch.default_generator, s.shift, s.flip)
+        restarts = s.restart_every and not s.decoder_only
+        if restarts and step % s.restart_every == 0 and step <= s.restart_until:
+            self._restart(real)
+        return real
+
+    def _reconstruct(self, images: Tensor) -> Reconstruction:
+        s = self.settings
+        with torch.set_grad_enabled(not s.decoder_only):
+            with bfloat16(s.bf16):
+                f = self.tokenizer.features(images)
+            f_hat, vq, tokens = self.tokenizer.quantize(f.float())
+        with bfloat16(s.bf16):
+            fake = self.tokenizer.pixels(f_hat)
+        return Reconstruction(fake.float(), images, vq, tokens)
+
     def _descend(self, name: str, loss: Tensor) -> None:
         self.optimizers[name].zero_grad(set_to_none=True)
         loss.backward()
@@ -172,24 +199,29 @@ class TokenizerTask:
 
     @torch.no_grad()
     def _restart(self, images: Tensor) -> None:
-        """Moves codes unused since the last call (all of them on the first) onto residuals of this batch."""
+        """Moves codes unused since the last call (all of them on the first)."""
         dead = (self._usage.used == 0).nonzero().flatten()
         self._usage.used.zero_()
         if not len(dead):
             return
-        rows = scale_residuals(self.tokenizer, images)
-        weight = self.tokenizer.quantize.embedding.weight
-        weight[dead] = rows[torch.randint(len(rows), (len(dead),))] + 0.01 * torch.randn(
-            len(dead), rows.shape[1]
-        )
+        weight = self._move(dead, images)
         if dist.is_initialized():
             dist.broadcast(weight, 0)
         for moment in self.optimizers["model"].state.get(weight, {}).values():
             if isinstance(moment, Tensor) and moment.shape == weight.shape:
                 moment[dead] = 0
 
+    def _move(self, dead: Tensor, images: Tensor) -> Tensor:
+        """Puts these codes onto residuals of the batch; returns all codes."""
+        rows = scale_residuals(self.tokenizer, images)
+        weight = self.tokenizer.quantize.embedding.weight
+        weight[dead] = rows[torch.randint(len(rows), (len(dead),))] + 0.01 * torch.randn(
+            len(dead), rows.shape[1]
+        )
+        return weight
+
     @torch.no_grad()
     def grid(self, model: nn.Module) -> Tensor:
-        assert isinstance(model, VQVAE)
+        assert isinstance(model, VQVAE | LatentTokenizer)
         pairs = torch.cat([part for rows in self.shown.split(8) for part in (rows, model.reconstruct(rows))])
         return make_grid(pairs, 8)
