@@ -15,6 +15,7 @@ from arimg.tokenizers import SCALES_256, VQVAE
 from conftest import Backend
 from system_checks import (
     LABELS,
+    check_apart,
     check_learns,
     check_rows_alone,
     check_ways,
@@ -59,23 +60,35 @@ def test_indices_sum_to_what_training_sees() -> None:
     torch.testing.assert_close(q.features(out.indices), out.f_hat, atol=1e-4, rtol=0)
 
 
-def test_coarse_scales_hold_less_of_the_high_frequencies_than_residuals_do() -> None:
-    f, codes = features(32), torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
-    bands = ops.frequency_bands(f, SCALES)
-    ours, _ = ops.encode_bands(list(bands), codes, SCALES)
-    theirs = _residual(f, codes)
+def beyond(seed: int) -> tuple[list[float], list[float]]:
+    """Shares of the energy beyond band k in the sum of the scales up to k = 1, 2, 3: ours, and VAR's. Of two
+    channels, to which one of 4096 codes is always near, so that what is seen is not the rounding.
+    """
+    noise = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
+    f = noise + 2 * ops.bicubic_up(noise[:, :, ::2, ::2].contiguous(), (8, 8))
+    codes = 1.5 * torch.randn(4096, 2, generator=torch.Generator().manual_seed(seed + 1))
     masks = ops.band_masks((8, 8), SCALES)
 
-    def above(indices: list[Tensor], k: int) -> float:
-        """Spectral energy beyond band k of the sum of the scales up to k."""
+    def share(indices: list[Tensor], k: int) -> float:
         total = torch.zeros_like(f)
         for index, (h, w) in zip(indices[: k + 1], SCALES):
-            total += ops.bicubic_up(ops.lookup(index, codes).mT.reshape(len(f), 16, h, w), (8, 8))
+            total += ops.bicubic_up(ops.lookup(index, codes).mT.reshape(len(f), 2, h, w), (8, 8))
         spectrum = torch.fft.fft2(total).abs().square()
-        return float((spectrum * ~masks[: k + 1].any(0)).sum())
+        return float((spectrum * ~masks[: k + 1].any(0)).sum() / spectrum.sum())
 
-    ratios = [above(ours, k) / above(theirs, k) for k in (1, 2, 3)]
-    assert sum(ratios) / 3 < 0.9
+    ours, _ = ops.encode_bands(list(ops.frequency_bands(f, SCALES)), codes, SCALES)
+    theirs = _residual(f, codes)
+    return [share(ours, k) for k in (1, 2, 3)], [share(theirs, k) for k in (1, 2, 3)]
+
+
+def test_coarse_scales_hold_less_of_the_high_frequencies_than_residuals_do() -> None:
+    """Less than half of it in the second scale. Above that, what upsampling adds to both is the most."""
+    found = [beyond(seed) for seed in range(3)]
+    ours, theirs = ([shares[i][0] for shares in found] for i in (0, 1))
+    check_apart(ours, theirs)
+    assert max(ours) < 0.5 * min(theirs)
+    for mine, residual in found:  # of four seeds 0.85 to 0.88
+        assert all(a < 0.92 * b for a, b in zip(mine[1:], residual[1:]))
 
 
 def _residual(f: Tensor, codes: Tensor) -> list[Tensor]:
