@@ -111,8 +111,9 @@ FIELD_ENTROPY = (8 * math.log(2) - 24 * (0.1 * math.log(0.1) + 0.9 * math.log(0.
 
 def field_nll(seed: int, right_alone: bool = False) -> float:
     """Per token, behind a little training."""
+    tokenizer = checks.tokenizer(4, 4)
     torch.manual_seed(seed)
-    m = NarModel(checks.tokenizer(4, 4), 1, **{**SMALL, "depth": 1})
+    m = NarModel(tokenizer, 1, **{**SMALL, "depth": 1})
     optimizer, losses = torch.optim.Adam(m.parameters(), 1e-2), []
     for _ in range(40):
         if right_alone:
