@@ -69,6 +69,25 @@ def test_var_gives_the_same_pictures_logits_and_codes(shared_aln, attn_l2_norm):
         assert torch.equal(greedy(model), before[0]) and torch.equal(scored(model, x), before[1])
 
 
+def test_float64_runs_the_original():
+    model, vae = make()
+    model.double(), vae.double()
+    f = images()[..., :4, :4].double().repeat(1, 3, 1, 1)[:, :8]
+
+    def results():
+        codes = vae.img_to_idxBl(images().double())
+        x = vae.quantize.idxBl_to_var_input(codes)
+        return [greedy(model), scored(model, x), *codes, x, *vae.quantize.f_to_idxBl_or_fhat(f, True)]
+
+    with torch.no_grad():
+        want = results()
+        with arimg.accelerate(model):
+            got = results()
+    assert want[0].dtype == torch.float64 and len(got) == len(want)
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype and torch.allclose(a, b, atol=1e-5)
+
+
 def test_the_report_names_what_was_replaced():
     model, vae = make()
     report = arimg.accelerate(model)

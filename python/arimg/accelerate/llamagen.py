@@ -18,6 +18,7 @@ from arimg.accelerate.swap import Mixin, has_hooks
 from arimg.accelerate.view import Storage, bytes_of_codes, misfit, parameters_of, view_of
 from arimg.generators import TextLlamaGen
 from arimg.generators.llamagen import Decoder, LlamaGen
+from arimg.ops._common import FLOATING
 from arimg.reference.kv_cache import Rope
 
 _GENERATOR = {"cls_embedding", "tok_embeddings", "layers", "norm", "output"}
@@ -280,7 +281,7 @@ def _fits(x: Tensor, k_cache: Tensor, plan: _Plan) -> bool:
         and x.shape[1] == 1
         and k_cache.shape[:2] == (len(x), heads)
         and len(plan.mask.given) == len(x)
-        and k_cache.dtype == x.dtype
+        and k_cache.dtype == x.dtype in FLOATING
         and k_cache.device == x.device == plan.decoder.norm.device == plan.rope.cos.device
     )
 

@@ -15,6 +15,7 @@ from arimg.accelerate.view import misfit, parameters_of, view_of
 from arimg.generators.var import VAR, VarSession
 from arimg.layout import Layout
 from arimg.nn.scale_quantizer import ScaleQuantizer
+from arimg.ops._common import FLOATING
 from arimg.tokenizers.vqvae import VQVAE
 
 _GENERATOR = {"word_embed", "class_emb", "lvl_embed", "blocks", "head_nm", "head"}
@@ -107,7 +108,7 @@ class _Generator(Mixin):
         more_smooth: bool = False,
     ) -> Tensor:
         module: Any = self
-        if has_hooks(module):
+        if _is_unknown(module):
             return super().autoregressive_infer_cfg(  # type: ignore[misc, no-any-return]
                 B, label_B, g_seed, cfg, top_k, top_p, more_smooth
             )
@@ -149,7 +150,11 @@ class _Generator(Mixin):
 def _needs_the_original(module: Any) -> bool:
     """Whether the forward has what our composition lacks: dropout of attention weights, hooks of parts."""
     dropout = any(getattr(b.attn, "attn_drop", 0) and b.attn.training for b in module.blocks)
-    return dropout or has_hooks(module)
+    return dropout or _is_unknown(module)
+
+
+def _is_unknown(module: Any) -> bool:
+    return has_hooks(module) or module.pos_1LC.dtype not in FLOATING
 
 
 def _scorer(module: Any, x: Tensor) -> VAR | None:
@@ -201,7 +206,7 @@ class _Quantizer(Mixin):
         module: Any = self
         view = view_of(module, _quantizer_view)
         other = v_patch_nums is not None and Layout.scales(v_patch_nums).shapes != view.scales
-        if other or module.prog_si >= 0 or module.using_znorm:
+        if other or module.using_znorm or self._is_unknown():
             return super().f_to_idxBl_or_fhat(f_BChw, to_fhat, v_patch_nums)  # type: ignore[misc, no-any-return]
         f = f_BChw.detach().float()
         if (f.shape[-2], f.shape[-1]) != view.scales[-1]:
@@ -209,6 +214,11 @@ class _Quantizer(Mixin):
                              f"got {list(f.shape)}")  # fmt: skip
         indices = view.encode(f)
         return self._running(view, indices) if to_fhat else indices
+
+    def _is_unknown(self) -> bool:
+        """Whether training is progressive, or codes have a type without kernels."""
+        module: Any = self
+        return module.prog_si >= 0 or module.embedding.weight.dtype not in FLOATING
 
     @staticmethod
     def _running(view: ScaleQuantizer, indices: Sequence[Tensor]) -> list[Tensor]:
@@ -221,7 +231,7 @@ class _Quantizer(Mixin):
 
     def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
         module: Any = self
-        if module.prog_si >= 0:
+        if self._is_unknown():
             return super().idxBl_to_var_input(gt_ms_idx_Bl)  # type: ignore[misc, no-any-return]
         maps = view_of(module, _quantizer_view).generator_input(gt_ms_idx_Bl)
         return maps if maps.shape[1] else None
