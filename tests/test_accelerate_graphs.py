@@ -23,6 +23,7 @@ import test_accelerate_llamagen
 from arimg import _library
 from arimg.accelerate.graphs import CudaBackend, GraphedStep, Graphs
 from arimg.accelerate.swap import is_swapped
+from standins import llamagen
 from test_cuda_graphs import Watch
 
 LABELS = test_accelerate.LABELS
@@ -509,6 +510,31 @@ def test_on_a_gpu():
         for _ in range(3):
             assert torch.equal(model.autoregressive_infer_cfg(2, labels, g_seed=1, top_k=1), want)
         assert "(4 captured, 12 replayed so far)" in str(report)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not _library.cuda_usable(), reason="no GPU")
+@pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"dtype": torch.bfloat16}], ids=str)
+def test_tokens_of_llamagen_on_a_gpu(options):
+    model, labels = test_accelerate_llamagen.make().cuda(), LABELS_OF_LLAMAGEN.cuda()
+    with arimg.accelerate(model, **options):
+        want = llamagen.generate(model, labels, 25, 3.0)
+    with arimg.accelerate(model, graphs=True, **options) as report:
+        for _ in range(2):
+            assert torch.equal(llamagen.generate(model, labels, 25, 3.0), want)
+        assert "(1 captured, 49 replayed so far)" in str(report)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not _library.cuda_usable(), reason="no GPU")
+def test_a_failed_capture_on_a_gpu_leaves_everything_usable():
+    graphs, before, x = Graphs(), torch.cuda.current_stream(), torch.ones(2, device="cuda")
+    step, good = graphs.step(lambda x: (x * x.sum().item(),)), graphs.step(plus)
+    for _ in range(3):
+        assert torch.equal(step(x)[0], 2 * x)
+    assert step.reason.startswith("capture failed") and torch.cuda.current_stream() == before
+    assert torch.rand(3, device="cuda").isfinite().all()
+    for _ in range(3):
+        assert torch.equal(good(x)[1], x + 1)
+    assert (graphs.counts.captures, graphs.counts.replays) == (1, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

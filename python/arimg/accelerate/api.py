@@ -76,8 +76,8 @@ def accelerate(
     and an approximation (docs/drop-in.md). Parts that do not take it are named in the report. Not together
     with dtype.
     graphs: the steps of a generator are captured as CUDA graphs, each at the second call of its shape, and
-    replayed; their memory stays taken between pictures. Where that is not possible the report says why. A
-    `graphs.Backend` captures in another way.
+    replayed; their memory and the caches stay taken between pictures, until the model moves or is restored.
+    Where that is not possible the report says why. A `graphs.Backend` captures in another way.
 
     Returns the report of what was replaced, what was not and why. Raises TypeError for
     something else and for another dtype, and ValueError for a model that is accelerated already or
