@@ -75,6 +75,12 @@ class Recorder:
         return outputs, replay
 
 
+def model_of(tests):
+    """The generator that a module of tests makes."""
+    made = tests.make()
+    return made[0] if isinstance(made, tuple) else made
+
+
 def plus(x, factor=1):
     return x * factor, x + factor
 
@@ -451,10 +457,22 @@ def test_memory_that_moves_in_the_middle_of_a_picture_is_captured_anew():
     assert torch.allclose(torch.cat(got, 1), want, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("tests", [test_accelerate, test_accelerate_llamagen])
+def test_replays_of_the_kernels_of_a_gpu(backend, tests):
+    model = model_of(tests)
+    with torch.no_grad():
+        with arimg.accelerate(model):
+            want = tests.greedy(model)
+        with arimg.accelerate(model, graphs=Recorder()) as report:
+            for _ in range(2):
+                assert torch.equal(tests.greedy(model), want)
+            assert report.graphs.counts.replays > 0
+
+
 @pytest.mark.parametrize("tests", [test_accelerate, test_accelerate_llamagen])
 def test_copies_have_graphs_of_their_own(tests):
-    made = tests.make()
-    model = made[0] if isinstance(made, tuple) else made
+    model = model_of(tests)
     with torch.no_grad(), arimg.accelerate(model, graphs=Recorder()) as report:
         want = tests.greedy(model)
         tests.greedy(model)
@@ -472,8 +490,7 @@ def test_copies_have_graphs_of_their_own(tests):
 @pytest.mark.parametrize("end", ["restore", "move", "delete", "another batch"])
 def test_graphs_end_with_the_acceleration_the_place_of_the_weights_and_the_model(tests, end):
     """Their memory goes back at once."""
-    made = tests.make()
-    model = made[0] if isinstance(made, tuple) else made
+    model = model_of(tests)
     report = arimg.accelerate(model, graphs=Recorder())
     with torch.no_grad():
         tests.greedy(model)
@@ -490,7 +507,7 @@ def test_graphs_end_with_the_acceleration_the_place_of_the_weights_and_the_model
             elif end == "move":
                 model.to(torch.bfloat16)
             elif end == "delete":
-                del model, made, report
+                del model, report
             elif tests is test_accelerate:
                 tests.greedy(model, torch.tensor([1, 2, 3]))
             else:
