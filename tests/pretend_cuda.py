@@ -50,8 +50,11 @@ class OnCuda(torch.Tensor):
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"OnCuda({self.value})"
 
-    def tolist(self) -> Any:  # torch refuses it for wrappers
+    def tolist(self) -> Any:  # torch refuses these for wrappers
         return self.cpu().tolist()
+
+    def data_ptr(self) -> int:
+        return self.value.data_ptr()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,6 +13,7 @@ from arimg import ops
 from arimg.accelerate import few_rows
 from arimg.accelerate import imagegpt as accelerated
 from arimg.nn.packed_linear import BITS
+from pretend_cuda import CUDA, pretend_cuda
 from tiny_transformers import chameleon, emu3, imagegpt, janus, spread, transformers
 
 START, LENGTH = torch.full((3, 1), 60), 40
@@ -63,6 +64,18 @@ def test_greedy_tokens_are_equal(runs, options):
     assert list(model.state_dict()) == names and len(want.unique()) > 4
     report.restore()
     assert [type(m) for m in model.modules()] == kinds
+
+
+def test_greedy_tokens_are_equal_on_emulated_cuda(runs):
+    model = imagegpt()
+    want = generate(model)
+    with pretend_cuda() as mode:
+        moved = copy.deepcopy(model).to(CUDA)
+        with arimg.accelerate(moved) as report:
+            assert torch.equal(generate(moved, START.to(CUDA)).cpu(), want) and runs[0] == 3 * (LENGTH - 2)
+    assert set(mode.kernels) == {"norm_modulate", "append_", "cached_attention"} and not mode.on_host
+    assert mode.kernels["cached_attention"] > runs[0]  # one more where the first block was compared
+    assert [entry.path for entry in report.kept] == ["lm_head"]
 
 
 def test_rows_padded_on_the_left(runs):

@@ -13,6 +13,7 @@ from arimg import ops
 from arimg.accelerate import decode_step, few_rows, llama_layer
 from arimg.accelerate.swap import is_swapped
 from arimg.nn.packed_linear import BITS
+from pretend_cuda import CUDA, pretend_cuda
 from tiny_transformers import TEXT, chameleon, emu3, janus, spread, transformers
 
 MODELS = {
@@ -81,6 +82,40 @@ def test_greedy_tokens_are_equal(runs, name, implementation):
             assert torch.equal(generate(model, **options), want) and runs[0] == LAYERS * (NEW - 1)
             assert torch.equal(generate(model, PADDED[:1], **options), want[:1])
         assert len(want.unique()) > 8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_equal_on_emulated_cuda(runs, name):
+    model = MODELS[name]()
+    want = [generate(model), generate(model, PROMPT)]
+    with pretend_cuda() as mode:
+        moved = copy.deepcopy(model).to(CUDA)
+        with arimg.accelerate(moved) as report:
+            got = [generate(moved, ids.to(CUDA)).cpu() for ids in (PADDED, PROMPT)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert runs[0] == 2 * LAYERS * (NEW - 1)
+    kernels = {"norm_modulate", "append_", "cached_attention"}
+    assert kernels <= set(mode.kernels) <= kernels | {"nearest_code"} and not mode.on_host
+    assert mode.kernels["cached_attention"] > runs[0]  # one more where the first layer was compared
+    (kept,) = (entry.note for entry in report.kept if entry.path == "lm_head")
+    assert kept == "expected weights on the CPU, got cuda: torch's product"
+    assert any(entry.note == llama_layer.GPU_NOTE for entry in report.replaced)
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"weights": "int8"}])
+def test_there_are_no_copies_on_emulated_cuda(runs, options):
+    """Neither of a model that is accelerated there nor of one that moves there."""
+    model, late = emu3(), emu3()
+    want = generate(model)
+    with arimg.accelerate(late, **options), pretend_cuda() as mode:
+        same = generate(late.to(CUDA), PADDED.to(CUDA)).cpu()
+        moved = copy.deepcopy(model).to(CUDA)
+        with arimg.accelerate(moved, **options) as report:
+            got = generate(moved, PADDED.to(CUDA)).cpu()
+    assert torch.equal(got, want) and torch.equal(same, want) and runs[0] == 2 * LAYERS * (NEW - 1)
+    assert report.memory == 0 and "linear_rows" not in mode.kernels and not few_rows._copies
+    told = {entry.path: entry.note for entry in report.kept}
+    assert told["model.text_model.layers.0"].startswith("its weights: ")
 
 
 def test_beam_search_reorders_the_cache(runs):

@@ -70,7 +70,7 @@ def accelerate(
     model: a module, a pipeline of diffusers (`components`, of which each is looked at) or a scheduler of one.
     dtype: torch.bfloat16 or torch.float16 runs a generator's transformer in this type, on a copy of its
     weights (half the original's memory on top), made anew when they change; the few-row products of
-    transformers' models read such a copy.
+    transformers' models read such a copy on the CPU.
     weights: "int8" or "int4" lets the steps of LlamaGen's transformer, and the products of a few rows of
     other models, read such a copy of the weights (a quarter or an eighth of float32's memory on top): faster,
     and an approximation (docs/drop-in.md). Parts that do not take it are named in the report. Not together

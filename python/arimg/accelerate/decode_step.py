@@ -69,8 +69,9 @@ def find_slot(store: Any, index: int, shape: tuple[int, int, int, int], x: Tenso
     kind = _kind(layer.__class__)
     if kind == "DynamicLayer":
         return _dynamic_slot(layer, tokens)
-    if kind == "StaticLayer" and isinstance(getattr(layer, "cumulative_length", None), Tensor):
-        start, capacity = int(layer.cumulative_length), keys.shape[2]
+    length = getattr(layer, "cumulative_length", None)
+    if kind == "StaticLayer" and isinstance(length, Tensor) and length.device.type == "cpu":  # no wait for it
+        start, capacity = int(length), keys.shape[2]
         ready = start + tokens <= capacity and keys.is_contiguous() and layer.values.is_contiguous()
         return Slot(keys, layer.values, start, capacity, layer) if ready else None
     return None
@@ -198,9 +199,8 @@ def _new_step(
         seen = _seen_keys(mask, batch, tokens, slot.start + tokens, slot.capacity or slot.start + tokens)
         if seen is None:
             return None
-        start, end = seen
-        if not (tokens == 1 and int(start.max()) == 0 and int(end.min()) == slot.start + 1):
-            intervals = (start, end)
+        if not (tokens == 1 and seen.all_of_them):
+            intervals = seen[:2]
     elif tokens > 1 or slot.capacity:  # no mask means causal in some places and all keys in others
         return None
     return Step(rope, index, intervals)
@@ -212,15 +212,26 @@ def _rope(rotations: tuple[Tensor, Tensor], batch: int, tokens: int, dim: int) -
     for t in rotations:
         if t.dim() != 3 or t.shape[0] not in (1, batch) or t.shape[1:] != (tokens, dim):
             return None
-        if not torch.equal(t[..., :half], t[..., half:]):
-            return None
+    both = torch.cat([t.reshape(-1, dim) for t in rotations])
+    if not torch.equal(both[:, :half], both[:, half:]):
+        return None
     cos, sin = (t[..., :half].reshape(-1, half).float().contiguous() for t in rotations)
-    index = torch.arange(len(cos), dtype=torch.int32).view(-1, tokens)
+    index = torch.arange(len(cos), dtype=torch.int32, device=cos.device).view(-1, tokens)
     return Rope(cos, sin, interleaved=False), index
 
 
-def _seen_keys(mask: Tensor, batch: int, tokens: int, end: int, keys: int) -> tuple[Tensor, Tensor] | None:
-    """First and last + 1 of the keys that each query sees, or None unless they are one run of those there.
+class _Seen(NamedTuple):
+    """The first and the last + 1 of the keys that each query sees, int32 [B, L]; all_of_them: every query
+    sees every key.
+    """
+
+    first: Tensor
+    last: Tensor
+    all_of_them: bool
+
+
+def _seen_keys(mask: Tensor, batch: int, tokens: int, end: int, keys: int) -> _Seen | None:
+    """Which of the first `end` keys are seen, or None unless they are one run for each query.
 
     mask [B or 1, 1, L, keys]: bool, or a number to add that is 0 or the lowest there is.
     """
@@ -228,16 +239,17 @@ def _seen_keys(mask: Tensor, batch: int, tokens: int, end: int, keys: int) -> tu
         return None
     rows = mask[:, 0]
     if rows.dtype == torch.bool:
-        seen = rows
+        seen, known = rows, torch.ones_like(rows)
     elif rows.is_floating_point():
         seen = rows == 0
-        if not bool((seen | (rows <= torch.finfo(rows.dtype).min)).all()):
-            return None
+        known = seen | (rows <= torch.finfo(rows.dtype).min)
     else:
         return None
     number = seen.int()
     first, last = number.argmax(-1), keys - number.flip(-1).argmax(-1)
-    runs = (number.sum(-1) == last - first) & (last <= end) & seen.any(-1)
-    if not bool(runs.all()):
+    runs = (number.sum(-1) == last - first) & (last <= end) & seen.any(-1) & known.all(-1)
+    fine, latest, earliest = torch.stack((runs.all().long(), first.max(), last.min())).tolist()  # one wait
+    if not fine:
         return None
-    return first.int().expand(batch, tokens).contiguous(), last.int().expand(batch, tokens).contiguous()
+    first, last = (t.int().expand(batch, tokens).contiguous() for t in (first, last))
+    return _Seen(first, last, latest == 0 and earliest == end)

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from arimg.accelerate.few_rows import FewRows
+from arimg.accelerate.few_rows import replace_linear
 from arimg.accelerate.report import Entry, Report
 
-_PRODUCTS_NOTE = "products of a few rows read the weight once"
 _LOOP = "inside the model's sampling loop, which stays"
 _VAR = {"word_embed", "class_emb", "blocks", "head_nm", "head"}
 _LLAMAGEN = {"cls_embedding", "tok_embeddings", "layers", "norm", "output"}
@@ -158,7 +157,7 @@ def _replace(report: Report, path: str, module: nn.Module, family: Family) -> No
         if type(part) is nn.Linear and any(fnmatchcase(name, pattern) for pattern in family.products)
     ]
     for name, linear in linears:
-        report.swap_copied(linear, FewRows, f"{path}.{name}".lstrip("."), _PRODUCTS_NOTE, [linear.weight])
+        replace_linear(report, f"{path}.{name}".lstrip("."), linear)
     if not linears:
         report.kept.append(Entry(path, f"{family.name}'s products", "expected linear layers, found none"))
     for part, reason in zip(_PARTS, family.kept):

@@ -1,6 +1,7 @@
-"""Products of a few rows with the weights of linear layers: their own, or copies of another type.
+"""Products of a few rows with the weights of linear layers: their own, or on the CPU copies of another type.
 
-Copies are kept beside the module, made anew when a weight has changed, and given up by `release`.
+Copies are kept beside the module, made anew when a weight has changed, and given up by `release`. On a GPU
+the products are torch's.
 """
 
 from functools import cache
@@ -16,7 +17,7 @@ from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
 from arimg.accelerate.view import Storage, source_of
 from arimg.nn.packed_linear import pack_weight
-from arimg.ops._common import FLOATING
+from arimg.ops._common import FLOATING, kernels
 from arimg.ops.block_linear import MAX_ROWS
 from arimg.reference.block_linear import ACTIVATIONS as _FORMULAS
 from arimg.reference.block_linear import QuantizedWeight
@@ -37,12 +38,12 @@ def fits(x: Tensor, *weights: Tensor) -> bool:
 
 
 def usual(x: Tensor, *weights: Tensor) -> bool:
-    """Whether x is on the CPU, of the weights' type, and no gradient, graph or autocast is on."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    """Whether x has the weights' type where there are kernels, and no gradient, graph or autocast is on."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    if x.dtype not in FLOATING or _library.ops() is None:
+    if x.dtype not in FLOATING or kernels(x) is None:
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
         return False
     return all(w.dtype == x.dtype and w.device == x.device for w in weights)
 
@@ -59,8 +60,14 @@ def product(
 ) -> Tensor:
     """activation(x weight^T + bias) (x factor^T + factor_bias) + residual for rows x [M, I] that fit.
 
-    The operator behind `arimg.ops.linear_rows` without its checks, which take as long as a small product.
+    The operator behind `arimg.ops.linear_rows` without its checks, which take as long as a small product; on
+    a GPU torch's products.
     """
+    if not x.is_cpu:
+        assert isinstance(weight, Tensor) and not isinstance(factor, QuantizedWeight)
+        y = _FORMULAS[activation](F.linear(x, weight, bias))
+        y = y if factor is None else y.mul_(F.linear(x, factor, factor_bias))
+        return y if residual is None else y.add_(residual)
     return cast(Tensor, _operators().linear_rows(
         x, *_stored(weight), bias, *_stored(factor), factor_bias, residual, ACTIVATIONS.index(activation),
         weight.group if isinstance(weight, QuantizedWeight) else x.shape[1],
@@ -73,13 +80,13 @@ def _stored(weight: Tensor | QuantizedWeight | None) -> tuple[Tensor | None, Ten
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean x^2 + eps) weight for rows x [M, C], rounded between the two as the originals do."""
-    zero = _zero(x.shape[1], x.dtype)
+    zero = _zero(x.shape[1], x.dtype, x.device)
     return cast(Tensor, _operators().norm_modulate(x[None], zero, zero, eps, True))[0].mul_(weight)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm over the last dimension of x [..., C]; weight and bias as they broadcast."""
-    zero = _zero(x.shape[-1], x.dtype)
+    zero = _zero(x.shape[-1], x.dtype, x.device)
     n = _operators().norm_modulate(x.reshape(1, -1, x.shape[-1]), zero, zero, eps, False)
     return torch.addcmul(bias, n.view(x.shape), weight)
 
@@ -89,14 +96,15 @@ def _operators() -> Any:
 
 
 @cache
-def _zero(channels: int, dtype: torch.dtype) -> Tensor:
+def _zero(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.zeros(1, 1, channels, dtype=dtype)
+        return torch.zeros(1, 1, channels, dtype=dtype, device=device)
 
 
 def copies(storage: Storage, x: Tensor) -> bool:
-    """Whether products run on copies: codes, or another type of float32 weights."""
-    return isinstance(storage, str) or (storage is not None and x.dtype == torch.float32)
+    """Whether products run on copies: codes, or another type of float32 weights. On the CPU alone."""
+    wanted = isinstance(storage, str) or (storage is not None and x.dtype == torch.float32)
+    return wanted and x.is_cpu
 
 
 def weight_of(
@@ -131,14 +139,15 @@ def release(module: nn.Module) -> None:
 
 
 class FewRows(Mixin):
-    """A linear layer that reads its weight once for a few rows (arimg.ops.linear_rows)."""
+    """A linear layer that reads its weight once for a few rows (arimg.ops.linear_rows), on the CPU."""
 
     weights_storage: Storage
 
     def forward(self, input: Tensor) -> Tensor:
         module: Any = self
         weight, bias = module.weight, module.bias
-        if not fits(input, weight) or (bias is not None and not fits(input, bias)):
+        held = (weight,) if bias is None else (weight, bias)
+        if not input.is_cpu or not fits(input, *held):
             return super().forward(input)  # type: ignore[misc, no-any-return]
         rows = input.reshape(-1, input.shape[-1]).contiguous()
         out = product(rows, weight_of(module, self.weights_storage, weight), bias)
@@ -155,8 +164,17 @@ def recognise_head(report: Report, path: str, module: nn.Module) -> bool:
     heads = names[-1] == "lm_head" or {"generation_head", "generation_aligner"} & set(names)
     if type(module) is not nn.Linear or not heads:
         return False
-    report.swap_copied(module, FewRows, path, "products of a few rows read the weight once", [module.weight])
+    replace_linear(report, path, module)
     return True
+
+
+def replace_linear(report: Report, path: str, linear: nn.Linear) -> None:
+    """By `FewRows`, where that is faster."""
+    weight = linear.weight
+    if weight.is_cpu:
+        report.swap_copied(linear, FewRows, path, "products of a few rows read the weight once", [weight])
+    else:
+        report.keep(linear, path, f"expected weights on the CPU, got {weight.device.type}: torch's product")
 
 
 _PROBE = torch.linspace(-4, 4, 65)

@@ -38,6 +38,7 @@ STEPS_NOTE = (
     "steps of a few tokens: fused norms, products at the speed of reading their weights, "
     "attention over the keys that are there"
 )
+GPU_NOTE = "steps of a few tokens: fused norms, attention over the keys that are there; products are torch's"
 
 Attend = Callable[[Tensor], Tensor]  # queries, keys and values of rows [M, Hq + 2 Hkv, D] -> [M, Hq D]
 
@@ -208,8 +209,9 @@ def recognise_llama_layers(report: Report, path: str, module: nn.Module) -> bool
     post_norm, gives_tuple = found
     for i, layer in enumerate(layers):
         weights = [linear.weight for linear in _parts(layer).products]
+        note = STEPS_NOTE if weights[0].device.type == "cpu" else GPU_NOTE
         report.swap_copied(
-            layer, _DecoderLayer, f"{path}.layers.{i}".lstrip("."), STEPS_NOTE, weights,
+            layer, _DecoderLayer, f"{path}.layers.{i}".lstrip("."), note, weights,
             post_norm=post_norm, gives_tuple=gives_tuple,
         )  # fmt: skip
     return True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from arimg import _library
 from arimg.accelerate.decode_step import Slot
+from arimg.ops._common import kernels
 
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)  # of a layer asked in vain
 
@@ -20,7 +21,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in module.modules()]
     try:
         module.eval()
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
         for m, mode in modes:
@@ -59,8 +60,8 @@ def unsuited_attention(weight: Tensor, config: Any, head_dim: int) -> str:
     """Why attention with such weights is not ours, or nothing."""
     if _library.ops() is None:
         return "the compiled operators did not load"
-    if weight.device.type != "cpu":
-        return f"expected weights on the CPU, where it was measured, got {weight.device.type}"
+    if kernels(weight.detach()) is None:
+        return f"expected weights where there are kernels, got {weight.device.type}"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"expected the attention sdpa or eager, got {config._attn_implementation}"
     if head_dim % 8 or head_dim > 256:

@@ -79,8 +79,14 @@ class Report:
         **options: Any,
     ) -> None:
         """`swap` for a module that multiplies by copies of these weights: codes (`weights`), or another type
-        of those that are float32 (`dtype`). turned: they are [I, O].
+        of those that are float32 (`dtype`). turned: they are [I, O]. There are no copies on a GPU.
         """
+        weights = list(weights)
+        if any(w.device.type != "cpu" for w in weights):
+            if self.dtype is not None:
+                self.keep(module, path, "its weights: copies are for the CPU")
+            self.swap(module, mixin, path, note, weights_storage=None, **options)
+            return
         if self.weights is not None:
             self.memory += sum(bytes_of_code(w.t() if turned else w, self.weights) for w in weights)
             note = f"{note}; weights {self.weights}"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from arimg import ops
-from arimg.accelerate import probe
-from arimg.accelerate.few_rows import FewRows, is_plain, usual
+from arimg.accelerate import few_rows, probe
+from arimg.accelerate.few_rows import is_plain, replace_linear
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin
 from arimg.accelerate.view import source_of
@@ -23,6 +23,11 @@ _NAMES = {
     "encoder_proj", "cond_embed", "embed", "down_block", "project_to_hidden", "transformer_layers",
     "project_from_hidden", "up_block", "mlm_layer",
 }  # fmt: skip
+
+
+def usual(x: Tensor, *weights: Tensor) -> bool:
+    """On the CPU, where it was measured, and as these kernels take it."""
+    return x.is_cpu and few_rows.usual(x, *weights)
 
 
 # --- norms ---------------------------------------------------------------------------------------------
@@ -207,9 +212,7 @@ def _replace_linear(report: Report, model: nn.Module, name: str, path: str, line
     if (of_text or leaf == "kv_mapper") and _has_digest(linear):
         report.swap(linear, _KeptLinear, path, "computed anew where the text or the weights have changed")
     elif leaf == "cond_embeds_mapper" or (leaf == "linear" and owner.endswith(("norm1", "norm2", "norm3"))):
-        report.swap_copied(
-            linear, FewRows, path, "products of a few rows read the weight once", [linear.weight]
-        )
+        replace_linear(report, path, linear)
 
 
 def _is_ours(module: Any, part: _Part) -> bool:
