@@ -357,6 +357,23 @@ def test_generations_of_var_replay_every_scale():
             assert "not used: under autocast" in str(report)
 
 
+def test_copies_of_the_weights_of_var_are_captured_anew_where_they_are_made_anew():
+    model, _ = test_accelerate.make()
+    with torch.no_grad():
+        wanted = []
+        for _ in range(2):
+            with arimg.accelerate(model, dtype=torch.bfloat16):
+                wanted.append(test_accelerate.greedy(model))
+            model.head.weight.mul_(-1)
+        with arimg.accelerate(model, dtype=torch.bfloat16, graphs=(backend := Recorder())):
+            for picture, want in enumerate(wanted):
+                for _ in range(3):
+                    assert torch.equal(test_accelerate.greedy(model), want)
+                assert backend.recorded == 4 * (picture + 1)
+                model.head.weight.mul_(-1)
+    assert not torch.equal(*wanted)
+
+
 def test_seeds_are_those_of_a_run_without_graphs():
     model, _ = test_accelerate.make()
     with torch.no_grad():

@@ -244,7 +244,7 @@ def _new_plan(module: Any) -> _Plan:
     rope = Rope(table[..., 0].contiguous(), table[..., 1].contiguous())
     caches = [layer.attention.kv_cache for layer in module.layers]
     plan = _Plan(Decoder(view), rope, caches, _look_at(module.causal_mask), None)
-    if plan.mask.suits and module.graphs is not None and module.graphs.usable(table.device):
+    if plan.mask.suits and module.graphs is not None and module.graphs.usable(plan.decoder.norm.device):
         plan = _with_graphs(plan, module)
     _plans[module] = plan
     return plan
