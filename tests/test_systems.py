@@ -100,6 +100,7 @@ def test_a_run_trains_goes_on_and_samples(run: Path, data: Path, tmp_path: Path)
     assert Image.open(grid).size[0] >= 2 * 64
     assert main(["systems", "sample", "var", "--run", str(run), "--class", "green", "-o", str(grid)]) == 2
     assert main(["systems", "sample", "llamagen", "--run", str(run), "-o", str(grid)]) == 2
+    assert main(["systems", "sample", "var", "--run", str(run), "--previews", "-o", str(grid)]) == 2
 
 
 def test_a_measurement_counts_passes_and_keeps_the_others(run: Path, tmp_path: Path) -> None:
