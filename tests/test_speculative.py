@@ -13,6 +13,7 @@ from arimg.generators.speculative import BiasedGrouped, Draft, Grouped, Jacobi
 from arimg.guidance import Guidance, linear
 from arimg.layout import Layout
 from arimg.reference.sampling_accept import draw_from
+from system_checks import check_apart
 
 VOCABULARY, LENGTH, DRAFTS, ROWS = 4, 6, 3, 60_000
 FIRST = torch.tensor([(VOCABULARY**t - 1) // (VOCABULARY - 1) for t in range(LENGTH + 1)])
@@ -215,7 +216,7 @@ def test_the_cuda_kernels_give_the_same_tokens(name):
     assert torch.equal(on_cpu, emulated)
 
 
-def test_groups_and_coupling_and_likeness_save_passes():
+def test_groups_and_likeness_save_passes():
     toy = Toy()
     passes = {name: run(toy, rule)[1] for name, rule in (EXACT | BIASED).items()}
     assert passes["groups as published"] < passes["redraw"] - 0.1
@@ -238,9 +239,12 @@ LABELS = torch.tensor([0, 1, 2, 0])
 
 @pytest.mark.parametrize(
     "rule",
-    [Jacobi(5), Jacobi(5, "couple"), Jacobi(5, "gumbel", "last"), Draft(network(1, depth=1), 3)],
-    ids=["redraw", "couple", "gumbel", "draft"],
-)
+    [
+        Jacobi(5), Jacobi(5, "couple"), Jacobi(5, "gumbel", "last"), Draft(network(1, depth=1), 3),
+        BiasedGrouped(5), Grouped(5, torch.arange(32) // 4),
+    ],
+    ids=["redraw", "couple", "gumbel", "draft", "groups as published", "grouped"],
+)  # fmt: skip
 @pytest.mark.parametrize("sampler", [SAMPLER, Sampler(top_p=0.9)], ids=["guided", "unguided"])
 def test_caches_after_rollback_are_those_of_a_recomputation(rule, sampler):
     """Each pass's logits of every row, teacher forced over the tokens that it kept and its drafts."""
@@ -263,6 +267,25 @@ def test_caches_after_rollback_are_those_of_a_recomputation(rule, sampler):
     assert torch.equal(again, tokens)
     alone = final_tokens(generate(model, LABELS[2:3], commit=rule, sampler=sampler, seed=5))[0]
     assert torch.equal(alone[0], tokens[2])
+
+
+def mean_passes(rule, seed):
+    """Of 256 pictures of 16 tokens."""
+    labels = torch.arange(256) % 3
+    turns = generate(network(), labels, commit=rule, sampler=SAMPLER, seed=seed)
+    return sum(int((turn.length > 0).sum()) for turn in turns) / 256
+
+
+def test_coupled_drafts_settle_in_fewer_passes_and_groups_in_fewer_still():
+    """The mean over pictures, none of which has the seed of another."""
+    redraw, couple, gumbel, groups = (
+        [mean_passes(rule, seed) for seed in (0, 1000, 2000)]
+        for rule in (Jacobi(10), Jacobi(10, "couple"), Jacobi(10, "gumbel"), BiasedGrouped(10))
+    )
+    assert max(redraw) < 12
+    check_apart(couple, redraw)
+    check_apart(gumbel, redraw)
+    check_apart(groups, couple)
 
 
 def test_a_network_without_drafts_and_its_own_twin():
