@@ -16,6 +16,8 @@ PACKAGE = "vector-quantize-pytorch"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "FSQ 8x8x8x5x5x5": ("FSQ", dict(levels=[8, 8, 8, 5, 5, 5])),
     "FSQ 8x8x8x5x5x5 of 256 channels": ("FSQ", dict(levels=[8, 8, 8, 5, 5, 5], dim=256)),
+    "ResidualFSQ 4 x 8x5x5x3": ("ResidualFSQ", dict(levels=[8, 5, 5, 3], dim=4, num_quantizers=4)),
+    "ResidualFSQ 4 x 5x5x5x5x5x5": ("ResidualFSQ", dict(levels=[5] * 6, dim=6, num_quantizers=4)),
     "LFQ 18 bits": ("LFQ", dict(codebook_size=2**18)),
     "BSQ 18 bits": ("LFQ", dict(codebook_size=2**18, spherical=True)),
     "ResidualLFQ 4 x 10 bits": ("ResidualLFQ", dict(dim=10, codebook_size=2**10, num_quantizers=4)),

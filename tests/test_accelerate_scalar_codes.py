@@ -28,6 +28,11 @@ FSQ = {
     "rotated": (dict(orthogonal_rotation=True), TOKENS),
     "not forced": (dict(force_quantization_f32=False), TOKENS),
     "scale": (dict(scale=2.0), TOKENS),
+    "symmetric": (dict(preserve_symmetry=True), TOKENS),
+    "symmetric, clamped": (dict(preserve_symmetry=True, bound_hard_clamp=True), MAP),
+    "symmetric, levels alike": (dict(preserve_symmetry=True, levels=[4] * 4), TOKENS),
+    "symmetric, one level": (dict(preserve_symmetry=True, levels=[7]), TOKENS),
+    "symmetric, projected": (dict(preserve_symmetry=True, dim=16, noise_dropout=0.5), MAP),
 }
 LFQ = {
     "plain": (dict(), TOKENS),
@@ -55,7 +60,11 @@ def case(kind, name):
     """The module in a tree, and its input."""
     torch.manual_seed(0)
     options, shape = (FSQ if kind == "FSQ" else LFQ)[name]
-    module = package.FSQ(LEVELS, **options) if kind == "FSQ" else package.LFQ(codebook_size=2**9, **options)
+    module = (
+        package.FSQ(**{"levels": LEVELS, **options})
+        if kind == "FSQ"
+        else package.LFQ(codebook_size=2**9, **options)
+    )
     first = module.channel_first or len(shape) > 2
     x = torch.randn(*shape, module.dim)
     return nn.Sequential(nn.Identity(), module).eval(), x.movedim(-1, 1) if first else x
@@ -96,7 +105,7 @@ def test_codes_indices_and_the_way_back_are_equal(kind, name, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_sixteen_bits(kind, dtype):
-    for name in ("projected", "plain", "not forced"):
+    for name in ("projected", "plain", "not forced", "symmetric" if kind == "FSQ" else "spherical"):
         tree, x = case(kind, name)
         tree, x = tree.to(dtype), x.to(dtype)
         want = tree(x)
@@ -120,7 +129,7 @@ def test_sixteen_bits(kind, dtype):
 @torch.no_grad()
 def test_odd_values(kind):
     odd = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e30, -1e30, torch.inf, -torch.inf])
-    for name in ("plain", "spherical") if kind == "LFQ" else ("plain",):
+    for name in ("plain", "spherical" if kind == "LFQ" else "symmetric, clamped"):
         tree, _ = case(kind, name)
         x = odd[torch.randint(0, len(odd), (1, 40, tree[1].dim))]
         want = tree(x)
@@ -184,10 +193,40 @@ def test_the_residual_quantizers():
     assert sum(e.part == "LFQ" for e in report.replaced) == 4
 
 
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("levels", [[8, 5, 5, 3], [5] * 6, [2] * 10])
+@torch.no_grad()
+def test_the_residual_fsq(hard, levels, monkeypatch):
+    """Bit for bit, so that no residual meets another near-tie than the original's."""
+    torch.manual_seed(0)
+    fsq = package.ResidualFSQ(levels=levels, dim=16, num_quantizers=4, bound_hard_clamp=hard).eval()
+    x = torch.randn(2, 3000, 16) * 2
+    ties = torch.linspace(-1, 1, 2 * max(levels) - 1)  # codes and half-ways
+    plain = package.ResidualFSQ(levels=levels, num_quantizers=4, bound_hard_clamp=hard).eval()
+    y = ties[torch.randint(len(ties), (2, 500, len(levels)))]
+    want = fsq(x, return_all_codes=True), plain(y, return_all_codes=True)
+    with arimg.accelerate(nn.ModuleList([fsq, plain])) as report, monkeypatch.context() as patch:
+        patch.delattr(package.FSQ, "quantize")
+        same(fsq(x, return_all_codes=True), want[0])
+        same(plain(y, return_all_codes=True), want[1])
+    assert sum(e.part == "FSQ" for e in report.replaced) == 8 and not report.kept
+
+
+@torch.no_grad()
+def test_noise_of_training_is_the_originals():
+    tree, x = case("FSQ", "symmetric, projected")
+    tree.train()
+    torch.manual_seed(3)
+    want = tree(x)
+    torch.manual_seed(3)
+    with arimg.accelerate(tree):
+        same(tree(x), want)
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [
-        (dict(levels=[8, 5], preserve_symmetry=True, noise_dropout=0.5), "preserve_symmetry"),
+        (dict(levels=[8] * 7, preserve_symmetry=True, return_indices=False), "262144 codes"),
         (dict(levels=[8, 5], bound_hard_clamp=True), "bound_hard_clamp"),
         (dict(levels=[8] * 9, return_indices=False), "16777216 codes"),
         (dict(levels=[8, 1001]), "at most 1000 levels"),

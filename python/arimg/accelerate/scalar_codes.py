@@ -24,28 +24,51 @@ _MAX_BITS = 31  # beyond, LFQ's int32 sum wraps
 
 
 class _FSQ(Mixin):
-    """Bound, rounding and index in one pass (arimg.ops.fsq)."""
+    """Bound, rounding and index in one pass (arimg.ops.fsq), or as few of torch's as there are."""
 
     fsq_levels: tuple[int, ...]
+    fsq_bound: str | None  # "tanh" or "clamp", of levels that are symmetric to 0; None: that of arimg.ops.fsq
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         module: Any = self
         first = module.channel_first or z.dim() >= 4
-        if not _is_laid_out(module, z, first) or _wants_gradient(module, z):
+        noisy = module.training and getattr(module, "noise_dropout", 0) > 0
+        if noisy or not _is_laid_out(module, z, first) or _wants_gradient(module, z):
             return super().forward(z)  # type: ignore[misc, no-any-return]
         x = _enter(module, z, first)
         # float64 has no kernel, and 16 bits that may stay are rounded between the steps.
         widened = module.force_quantization_f32 and x.dtype not in module.allowed_dtypes
         if not (x.dtype == torch.float32 or (widened and x.dtype in FLOATING)):
             return super().forward(z)  # type: ignore[misc, no-any-return]
-        codes, indices = ops.fsq(x, self.fsq_levels)
+        if self.fsq_bound is None:
+            codes, indices = ops.fsq(x, self.fsq_levels)
+        else:
+            codes, indices = _symmetric_codes(x.float(), self.fsq_levels, self.fsq_bound)
+            codes = codes.to(x.dtype)
         out = _leave(module, codes, first)
         return out, _indices_out(module, indices.int()) if module.return_indices else None
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
-        if indices.dtype not in (torch.int32, torch.int64):
+        if self.fsq_bound is not None or indices.dtype not in (torch.int32, torch.int64):
             return super()._indices_to_codes(indices)  # type: ignore[misc, no-any-return]
         return ops.fsq_codes(indices.long(), self.fsq_levels)
+
+
+def _symmetric_codes(x: Tensor, levels: tuple[int, ...], bound: str) -> tuple[Tensor, Tensor]:
+    """Codes 2 / (L - 1) digit - 1 (arXiv 2411.19842, 3.2) and float32 indices of x [..., d].
+
+    The roundings are the original's, whose straight-through sum gives the digits exactly: a residual
+    quantizer meets no other near-ties than it.
+    """
+    alike = len(set(levels)) == 1
+    steps: Any = levels[0] - 1 if alike else x.new_tensor(levels) - 1
+    bounded = x.clamp(-1, 1) if bound == "clamp" else x.tanh()
+    digits = bounded.add_(1).mul_(steps / 2).add_(0.5).floor_()
+    columns = digits.unbind(-1)
+    index = columns[-1]
+    for column, level in zip(columns[-2::-1], levels[-2::-1]):
+        index = torch.add(column, index, alpha=level)
+    return (digits * (2.0 / steps)).sub_(1), index
 
 
 class _LFQ(Mixin):
@@ -136,13 +159,12 @@ def recognise_scalar_codes(report: Report, path: str, module: nn.Module) -> bool
 
 def _unsuited_fsq(module: Any) -> str:
     levels = module._levels.tolist()
-    if getattr(module, "preserve_symmetry", False):
-        return "preserve_symmetry: its bound has no kernel"
-    if getattr(module, "bound_hard_clamp", False):
-        return "bound_hard_clamp: its bound has no kernel"
+    symmetric = getattr(module, "preserve_symmetry", False)
+    if getattr(module, "bound_hard_clamp", False) and not symmetric:
+        return "bound_hard_clamp without preserve_symmetry: its bound has no kernel"
     if max(levels) > MAX_LEVEL:
         return f"expected at most {MAX_LEVEL} levels, got {levels}"
-    most = _MAX_CODES if max(levels) <= _EXACT_LEVELS else _MAX_CODES_ROUNDED
+    most = _MAX_CODES if max(levels) <= _EXACT_LEVELS and not symmetric else _MAX_CODES_ROUNDED
     if prod(levels) > most:
         return f"expected at most {most} codes, which its float32 index can tell apart, got {prod(levels)}"
     return ""
@@ -154,7 +176,10 @@ def _unsuited_lfq(module: Any) -> str:
 
 
 def _fsq_options(module: Any) -> dict[str, Any]:
-    return {"fsq_levels": tuple(module._levels.tolist())}
+    bound = None
+    if getattr(module, "preserve_symmetry", False):
+        bound = "clamp" if getattr(module, "bound_hard_clamp", False) else "tanh"
+    return {"fsq_levels": tuple(module._levels.tolist()), "fsq_bound": bound}
 
 
 def _lfq_options(module: Any) -> dict[str, Any]:
