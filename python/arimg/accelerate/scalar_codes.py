@@ -222,7 +222,7 @@ _KINDS: tuple[tuple[set[str], type[Mixin], Any, Any, str], ...] = (
         _FSQ,
         _unsuited_fsq,
         _fsq_options,
-        "bound, rounding and index in one pass",
+        "bound, rounding and index in one pass, or (preserve_symmetry) in few",
     ),
     (
         {"codebook_scale", "codebook_dim", "bits_to_codes", "maybe_l2norm", "project_in", "project_out"},
