@@ -56,7 +56,7 @@ def picture(model, ids=PROMPT, **options):
 
 def scored(model, tokens, chunk=1, store=None):
     """Logits of the given tokens [B, T], `chunk` at a time through a cache, after a prompt of 6."""
-    ids = torch.cat((PADDED, tokens), 1)
+    ids = torch.cat((PADDED.to(tokens.device), tokens), 1)
     seen, store = (ids != 0).long(), store or transformers.DynamicCache(config=model.config)
     places = (seen.cumsum(1) - 1).clamp(min=0)
     out, at = [], 0
@@ -100,6 +100,41 @@ def test_greedy_tokens_are_equal_on_emulated_cuda(runs, name):
     (kept,) = (entry.note for entry in report.kept if entry.path == "lm_head")
     assert kept == "expected weights on the CPU, got cuda: torch's product"
     assert any(entry.note == llama_layer.GPU_NOTE for entry in report.replaced)
+
+
+def test_pictures_and_beams_are_equal_on_emulated_cuda(runs):
+    """Guidance in rows of their own, caches that are reordered, several tokens at once."""
+    painter, writer = janus(), emu3()
+    want = picture(painter), generate(writer, num_beams=3)
+    tokens = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    logits = scored(writer, tokens, 4)
+    with pretend_cuda() as mode:
+        painter, writer = (copy.deepcopy(model).to(CUDA) for model in (painter, writer))
+        with arimg.accelerate(painter), arimg.accelerate(writer):
+            assert torch.equal(picture(painter, PROMPT.to(CUDA)).cpu(), want[0]) and runs[0] == LAYERS * 15
+            assert torch.equal(generate(writer, PADDED.to(CUDA), num_beams=3).cpu(), want[1])
+            for static in (False, True):
+                store = transformers.StaticCache(config=writer.config, max_cache_len=24) if static else None
+                runs[0] = 0
+                assert (scored(writer, tokens.to(CUDA), 4, store).cpu() - logits).abs().max() < 1e-4
+                assert runs[0] == LAYERS * 3
+    assert not mode.on_host
+
+
+def test_the_length_of_a_static_cache_is_waited_for_once_a_pass():
+    store = transformers.StaticCache(config=emu3().config, max_cache_len=8)
+    with pretend_cuda() as mode:
+        length, first, second = torch.tensor(5, device=CUDA), torch.ones(1, device=CUDA), torch.ones(1)
+
+        def asked(index, of_pass):
+            return decode_step._length_of(store, index, length, of_pass)
+
+        assert [asked(i, first) for i in range(3)] == [5, 5, 5] and mode.waits.total() == 1
+        length.add_(2)
+        assert asked(1, first) == 7  # a layer that asks twice is in another pass
+        length.add_(2)
+        assert [asked(i, second) for i in range(3)] == [9, 9, 9] and mode.waits.total() == 3
+        assert asked(0, None) is None
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"weights": "int8"}])

@@ -43,10 +43,14 @@ class Slot(NamedTuple):
     layer: Any
 
 
-def find_slot(store: Any, index: int, shape: tuple[int, int, int, int], x: Tensor) -> Slot | None:
+def find_slot(
+    store: Any, index: int, shape: tuple[int, int, int, int], x: Tensor, of_pass: Tensor | None = None
+) -> Slot | None:
     """The place for new keys of shape [B, H, L, D] and x's type in layer `index`, or None.
 
     None: a cache that is not known, or one that holds nothing yet, whose first tokens are the original's.
+    of_pass: a tensor that is made anew for each forward pass and given to all its layers; without one a
+    StaticCache on a GPU is not known.
     """
     if _kind(store.__class__) not in ("DynamicCache", "StaticCache") or store.offloading:
         return None
@@ -69,12 +73,39 @@ def find_slot(store: Any, index: int, shape: tuple[int, int, int, int], x: Tenso
     kind = _kind(layer.__class__)
     if kind == "DynamicLayer":
         return _dynamic_slot(layer, tokens)
-    length = getattr(layer, "cumulative_length", None)
-    if kind == "StaticLayer" and isinstance(length, Tensor) and length.device.type == "cpu":  # no wait for it
-        start, capacity = int(length), keys.shape[2]
-        ready = start + tokens <= capacity and keys.is_contiguous() and layer.values.is_contiguous()
-        return Slot(keys, layer.values, start, capacity, layer) if ready else None
+    if kind == "StaticLayer" and isinstance(getattr(layer, "cumulative_length", None), Tensor):
+        start, capacity = _length_of(store, index, layer.cumulative_length, of_pass), keys.shape[2]
+        ready = start is not None and start + tokens <= capacity
+        ready = ready and keys.is_contiguous() and layer.values.is_contiguous()
+        return Slot(keys, layer.values, cast(int, start), capacity, layer) if ready else None
     return None
+
+
+class _Length(threading.local):
+    """How many tokens all layers of a StaticCache held before the newest pass over it, read once for all of
+    them (as transformers does): each reading waits for the GPU. given: weak references to the cache and to
+    a tensor of the pass; asked: the layers that know it.
+    """
+
+    given: tuple[Any, ...] = ()
+    asked: tuple[int, ...] = ()
+    value: int = 0
+
+
+_length = _Length()
+
+
+def _length_of(store: Any, index: int, length: Tensor, of_pass: Tensor | None) -> int | None:
+    if length.is_cpu:
+        return int(length)
+    if of_pass is None:
+        return None
+    same = bool(_length.given) and all(ref() is t for ref, t in zip(_length.given, (store, of_pass)))
+    if not same or index in _length.asked:
+        _length.given, _length.asked = (weakref.ref(store), weakref.ref(of_pass)), ()
+        _length.value = int(length)
+    _length.asked += (index,)
+    return _length.value
 
 
 @cache

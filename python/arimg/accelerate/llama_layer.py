@@ -165,7 +165,8 @@ def _place(
         return None
     (batch, tokens, _), attn = x.shape, parts.attn
     heads = len(parts.k._parameters["weight"]) // attn.head_dim
-    slot = find_slot(cache, attn.layer_idx, (batch, heads, tokens, attn.head_dim), x)
+    shape = (batch, heads, tokens, attn.head_dim)
+    slot = find_slot(cache, attn.layer_idx, shape, x, position_embeddings[0])
     step = slot and find_step(slot, batch, tokens, attention_mask, position_embeddings)
     return None if slot is None or step is None else (parts, slot, step)
 
