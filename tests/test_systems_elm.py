@@ -33,13 +33,14 @@ def test_packed_bits_come_back_and_the_first_is_the_highest() -> None:
 
 
 def test_names_are_the_released_ones_and_heads_are_small() -> None:
-    tokenizer = around(BinaryQuantizer(16, 8))
+    """2-10, the best of the paper: two heads of 2^10 in place of one of 2^20."""
+    tokenizer = around(BinaryQuantizer(20, 8))
     with torch.device("meta"):
         m = ElmModel(tokenizer, 1000, 2, depth=1, width=768, heads=12)
     shapes = {k: tuple(v.shape) for k, v in m.state_dict().items()}
-    assert shapes["tok_embedder.1.weight"] == shapes["output.1.weight"] == (256, 768)
+    assert shapes["tok_embedder.1.weight"] == shapes["output.1.weight"] == (1024, 768)
     assert shapes["proj.weight"] == (768, 1536) and "tok_embeddings.weight" not in shapes
-    assert 100 * 2 * 256 * 768 < 2**16 * 768
+    assert 500 * sum(p.numel() for p in m.output.parameters()) < 2**20 * 768
 
 
 def test_a_state_dict_gives_the_structure_and_is_loaded(expected: Tensor) -> None:
