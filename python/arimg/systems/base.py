@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from arimg.data.images import Images
-from arimg.generators.loop import Sampler, Session, Turn, final_tokens, generate
+from arimg.generators.loop import Model, Sampler, Session, Turn, final_tokens, generate
 from arimg.nn.follow import follow
 
+Way = Callable[[Tensor, int], Iterator[Turn]]  # to generate from (labels, seed)
 FAMILIES = ("next-scale", "next-frequency", "raster", "any-order", "speculative")
 
 
@@ -24,10 +25,13 @@ class SystemModel(nn.Module, ABC):
     """A generator of one system at any size. Subclasses define encode (or `examples`), loss, begin and
     decode.
 
+    title: names its own way to generate. plain: name of the plain one and its options of `generate`.
     sampler: its defaults for `generate`. A `commit` attribute is its rule; without one every token is final
     at once. The tokenizer is not a submodule (`hidden`): it is saved beside the model.
     """
 
+    title: str
+    plain: tuple[str, Mapping[str, Any]]
     sampler: Sampler
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -69,11 +73,12 @@ class SystemModel(nn.Module, ABC):
         over.
         """
 
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
+    def ways(self) -> dict[str, Way]:
         """Ways to generate from (labels, seed): the system's own first, the plain method of the same network
         last.
         """
-        return {"system": lambda labels, seed: generate(self, labels, seed=seed)}
+        name, options = self.plain
+        return {self.title: way(self), name: way(self, **options)}
 
     def pictures(self, labels: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
         """Pictures of the given classes, [B, 3, S, S]; options are those of `generate`."""
@@ -97,6 +102,11 @@ class SystemModel(nn.Module, ABC):
         turns = generate(self, labels, seed=seed, **options)
         first = next(turns)  # the others are not kept, nor their logits
         return first.run.session, final_tokens(chain([first], turns))
+
+
+def way(model: Model, **options: Any) -> Way:
+    """Generates by this model with these options."""
+    return lambda labels, seed: generate(model, labels, seed=seed, **options)
 
 
 class Hidden:

@@ -6,7 +6,6 @@ one without causality sees all of them and draws every token among the members o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.generators import LlamaGen
 from arimg.generators.llamagen import LlamaSession
-from arimg.generators.loop import Turn, generate
+from arimg.generators.loop import Turn
 from arimg.layout import Layout
-from arimg.systems.base import System
+from arimg.systems.base import System, Way, way
 from arimg.systems.llamagen import SIZE, GridModel
 from arimg.systems.tokenizer import grid_tokenizer
 from arimg.tokenizers import VQVAE
@@ -44,6 +43,7 @@ class FineModel(LlamaGen):
 class CtfModel(GridModel):
     """The coarse stage, whose vocabulary are the clusters; `fine` is the second one."""
 
+    title = "CTF"
     cluster: Tensor
 
     def __init__(self, tokenizer: VQVAE, num_classes: int, clusters: int = 64, **size: Any) -> None:
@@ -81,15 +81,12 @@ class CtfModel(GridModel):
     def begin(self, condition: Any, guided: bool, **options: Any) -> CtfSession:
         return CtfSession(self, self.labels(condition), guided)
 
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
+    def ways(self) -> dict[str, Way]:
         """Its own, and the tokens themselves one by one: a network of the coarse stage's size, untrained."""
         taken = ("vocab_size", "num_classes", "grid")
         size: dict[str, Any] = {n: v for n, v in self.config().items() if n not in taken}
         plain = GridModel(self.tokenizer, self.num_classes, **size).eval()
-        return {
-            "CTF": lambda labels, seed: generate(self, labels, seed=seed),
-            "token by token (untrained)": lambda labels, seed: generate(plain, labels, seed=seed),
-        }
+        return {self.title: way(self), "token by token (untrained)": way(plain)}
 
 
 class CtfSession(LlamaSession):

@@ -8,7 +8,7 @@ token; here keys and values are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from arimg import ops
 from arimg.data.images import Images
 from arimg.generators import LlamaGen
 from arimg.generators.llamagen import Attend, Decoder, drop
-from arimg.generators.loop import Sampler, Turn, generate
+from arimg.generators.loop import Sampler
 from arimg.guidance import Guidance, linear
 from arimg.nn import checkpoint
 from arimg.nn.scale_quantizer import QuantizerOutput
@@ -72,6 +72,8 @@ class ElmModel(LlamaGen, SystemModel):
     ones; chunks: K.
     """
 
+    title = "ELM"
+    plain = "without a cache, as released", {"cached": False}
     sampler = Sampler(Guidance(4.0, linear))
     tokenizer = Hidden()
 
@@ -129,14 +131,6 @@ class ElmModel(LlamaGen, SystemModel):
         bits = unpack(torch.cat(tokens, 1), self.bits // self.chunks)
         pictures: Tensor = self.tokenizer.decode([pack(bits.flatten(2))])
         return pictures
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "ELM": lambda labels, seed: generate(self, labels, seed=seed),
-            "without a cache, as released": lambda labels, seed: generate(
-                self, labels, seed=seed, cached=False
-            ),
-        }
 
 
 class ManyHeads(Decoder):

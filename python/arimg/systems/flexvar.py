@@ -13,7 +13,7 @@ steps (981 tokens); without training for it, 4.43 at 512 x 512.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from arimg import models, ops
 from arimg.data.images import Images
-from arimg.generators.loop import Sampler, Session, Turn, generate
+from arimg.generators.loop import Sampler, Session, Turn
 from arimg.generators.var import VarSession, uncached
 from arimg.guidance import BeyondConditional, Guidance, linear_until
 from arimg.layout import Layout
 from arimg.nn import checkpoint
 from arimg.nn.adaln import run_blocks
 from arimg.nn.map_quantizer import MapQuantizer
-from arimg.systems.base import System
+from arimg.systems.base import System, Way, way
 from arimg.systems.tokenizer import around, quantizer_tokenizer, scale_tokenizer
 from arimg.systems.var import VarModel
 from arimg.tokenizers import VQVAE
@@ -51,6 +51,7 @@ class FlexVAR(VarModel):
     The scales of the tokenizer are the default schedule, its length the most that training takes at once.
     """
 
+    title = "FlexVAR"
     grid: int
     sampler = Sampler(
         Guidance(1.5, linear_until(9), BeyondConditional()), top_k=few_where_trained, top_p=0.95
@@ -144,12 +145,9 @@ class FlexVAR(VarModel):
         """The last map alone, of whatever size and aspect it is."""
         return self.tokenizer.decode_features(self.maps.code_map(tokens[-1], session.layout.shapes[-1]))
 
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
+    def ways(self) -> dict[str, Way]:
         every = [self.maps.shape_of(k + 1) for k in range(self.maps.side)]
-        return {
-            "FlexVAR": lambda labels, seed: generate(self, labels, seed=seed),
-            "all sizes": lambda labels, seed: generate(self, labels, seed=seed, scales=every),
-        }
+        return {self.title: way(self), "all sizes": way(self, scales=every)}
 
 
 class FlexSession(VarSession):

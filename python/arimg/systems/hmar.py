@@ -9,7 +9,7 @@ mask blocks on the same input plus the codes that are final already, or a mask v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arimg import commit, ops
 from arimg.cache import KVCache
-from arimg.generators.loop import ALWAYS, EachStep, Sampler, Turn, generate
+from arimg.generators.loop import ALWAYS, EachStep, Sampler, Turn
 from arimg.generators.var import VAR, VarSession, uncached
 from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.layout import Layout
@@ -53,6 +53,8 @@ class HMAR(VarModel):
     branch: how many of the last blocks there are twice (8 as published).
     """
 
+    title = "HMAR"
+    plain = "one pass per scale", {"commit": ALWAYS}
     sampler = Sampler(Guidance(1.6, linear, BeyondConditional()), top_k=650, top_p=0.99)
     commit = EachStep(plan)
     rule = "level-diagonal"
@@ -112,12 +114,6 @@ class HMAR(VarModel):
         which is as good as none in refinement passes.
         """
         return HmarSession(self, self.labels(condition), guided, **options)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "HMAR": lambda labels, seed: generate(self, labels, seed=seed),
-            "one pass per scale": lambda labels, seed: generate(self, labels, seed=seed, commit=ALWAYS),
-        }
 
 
 class HmarSession(VarSession):

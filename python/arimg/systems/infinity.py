@@ -8,7 +8,7 @@ bits of what is then left over: the network corrects its own mistakes. As publis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arimg import ops
 from arimg.data.images import Images
 from arimg.generators.infinity_parts import EPS, NAMES, InfinityBlock, Pool, Told, without_chunks
-from arimg.generators.loop import Sampler, Session, Turn, generate
+from arimg.generators.loop import Sampler, Session, Turn
 from arimg.generators.scale_text import Attend, ScaleSession, ScaleText
 from arimg.guidance import Guidance
 from arimg.layout import Layout
@@ -42,6 +42,8 @@ class Infinity(ScaleText, SystemModel):
     attention that makes one vector of the text, which is the first token and modulates the blocks.
     """
 
+    title = "infinity"
+    plain = "without a cache", {"cached": False}
     tokenizer = Hidden()
     sampler = Sampler(Guidance(3.0), temperature=0.5, top_p=0.97)
 
@@ -164,12 +166,6 @@ class Infinity(ScaleText, SystemModel):
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         assert isinstance(session, InfinitySession)
         return self.tokenizer.decode_features(session.f_hat)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "infinity": lambda labels, seed: generate(self, labels, seed=seed),
-            "without a cache": lambda labels, seed: generate(self, labels, seed=seed, cached=False),
-        }
 
 
 class InfinitySession(ScaleSession):

@@ -11,7 +11,6 @@ decodes (`grammar=False`: as published).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg.generators.llamagen import LlamaGen, LlamaSession
-from arimg.generators.loop import Sampler, Session, Turn, generate
+from arimg.generators.loop import Sampler, Session, Turn
 from arimg.layout import Layout
 from arimg.nn.rope import rope_1d
 from arimg.reference.kv_cache import Rope
@@ -31,6 +30,8 @@ from arimg.tokenizers.jpeg import PAD, VOCABULARY, Jpeg, Place
 class JpegModel(LlamaGen, SystemModel):
     """A Llama over bytes with 1-D positions; a picture has `bytes` of them at most."""
 
+    title = "grammar"
+    plain = "any byte", {"grammar": False}
     sampler = Sampler(top_k=50, top_p=0.9)
 
     def __init__(self, num_classes: int, size: int = 32, longest: int = 288, **options: Any) -> None:
@@ -63,12 +64,6 @@ class JpegModel(LlamaGen, SystemModel):
 
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         return self.codec.decode(torch.cat(tokens, 1))
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "grammar": lambda labels, seed: generate(self, labels, seed=seed),
-            "any byte": lambda labels, seed: generate(self, labels, seed=seed, grammar=False),
-        }
 
 
 class JpegSession(LlamaSession):

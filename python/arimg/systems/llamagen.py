@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg.generators import LlamaGen
-from arimg.generators.loop import Session, Turn, generate
+from arimg.generators.loop import Session
 from arimg.systems.base import Hidden, System, SystemModel
 from arimg.systems.tokenizer import grid_tokenizer
 from arimg.tokenizers import VQVAE
@@ -21,6 +21,8 @@ from arimg.tokenizers import VQVAE
 class GridModel(LlamaGen, SystemModel):
     """A LlamaGen over the tokens of a tokenizer of one map, int64 [B, h * w]."""
 
+    title = "LlamaGen"
+    plain = "without a cache", {"cached": False}
     tokenizer = Hidden()
 
     def __init__(self, tokenizer: VQVAE, num_classes: int, **size: Any) -> None:
@@ -43,12 +45,6 @@ class GridModel(LlamaGen, SystemModel):
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         pictures: Tensor = self.tokenizer.decode([torch.cat(tokens, 1)])
         return pictures
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "LlamaGen": lambda labels, seed: generate(self, labels, seed=seed),
-            "without a cache": lambda labels, seed: generate(self, labels, seed=seed, cached=False),
-        }
 
 
 SIZE: dict[str, Any] = {"depth": 6, "width": 192, "heads": 3, "dropout": 0.0}

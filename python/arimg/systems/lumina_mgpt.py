@@ -8,7 +8,7 @@ unconditional rows of guidance have no text: they begin at <start>, so the cache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arimg.generators.chameleon_parts import NAMES, HeadNorm, NormedHeads
 from arimg.generators.llamagen import Decoder, Layer, LlamaGen, LlamaSession
-from arimg.generators.loop import Sampler, Session, Turn, generate
+from arimg.generators.loop import Sampler, Session, Turn
 from arimg.guidance import Guidance
 from arimg.layout import Layout
 from arimg.nn import checkpoint
@@ -39,6 +39,8 @@ class LuminaModel(LlamaGen, SystemModel):
     Tokens: those of the tokenizer, then <start>, <eol>, <end> and the numbers 1 .. side of <h> and <w>.
     """
 
+    title = "Lumina-mGPT"
+    plain = "a pass for each condition", {"apart": True}
     tokenizer = Hidden()
     sampler = Sampler(Guidance(4.0), top_k=2000)
 
@@ -176,12 +178,6 @@ class LuminaModel(LlamaGen, SystemModel):
             raise ValueError(f"expected maps of {self.side} x {self.side}, got {list(maps.shape[1:])}")
         pictures: Tensor = self.tokenizer.decode([maps.flatten(1)])
         return pictures
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "Lumina-mGPT": lambda labels, seed: generate(self, labels, seed=seed),
-            "a pass for each condition": lambda labels, seed: generate(self, labels, seed=seed, apart=True),
-        }
 
 
 class LuminaSession(LlamaSession):

@@ -6,7 +6,7 @@ Generation carries the state of Mamba-2 from scale to scale: nothing grows, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.cache import KVCache
-from arimg.generators.loop import Turn, generate
+from arimg.generators.loop import Turn
 from arimg.generators.var import VAR, VarSession, uncached
 from arimg.layout import Layout
 from arimg.nn.adaln import AdaLNBlock, Attend, HeadModulation
@@ -80,6 +80,8 @@ def run_mixed(
 class MVAR(VarModel):
     """A VAR of level-diagonal attention whose scales are joined by Mamba-2."""
 
+    title = "M-VAR"
+    plain = "prefix run again", {"carried": False}
     rule = "level-diagonal"
     mamba_head_dim: int
 
@@ -110,12 +112,6 @@ class MVAR(VarModel):
         at each scale, as the released code does.
         """
         return MvarSession(self, self.labels(condition), guided, **options)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "M-VAR": lambda labels, seed: generate(self, labels, seed=seed),
-            "prefix run again": lambda labels, seed: generate(self, labels, seed=seed, carried=False),
-        }
 
 
 class MvarSession(VarSession):

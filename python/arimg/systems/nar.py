@@ -7,7 +7,7 @@ order of the diagonals, so a diagonal is appended to the caches as it is and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from arimg.cache import KVCache
 from arimg.generators.llamagen import Attend, Decoder, Layer, LlamaSession, drop, norm_scale
-from arimg.generators.loop import Sampler, Turn, generate
+from arimg.generators.loop import Sampler, Turn
 from arimg.guidance import Guidance
 from arimg.layout import Layout, diagonal_order
 from arimg.nn.linear import narrow_linear
@@ -32,6 +32,8 @@ class NarModel(GridModel):
     ones.
     """
 
+    title = "NAR"
+    plain = "token by token", {"raster": True}
     sampler = Sampler(Guidance(2.0))
 
     def __init__(self, tokenizer: VQVAE, num_classes: int, **size: Any) -> None:
@@ -84,12 +86,6 @@ class NarModel(GridModel):
         """Options: raster, one token after another, row by row."""
         labels = self.labels(condition)
         return NarSession(self, self.prefix(self.with_unconditional(labels, guided)), len(labels), **options)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "NAR": lambda labels, seed: generate(self, labels, seed=seed),
-            "token by token": lambda labels, seed: generate(self, labels, seed=seed, raster=True),
-        }
 
 
 class NarSession(LlamaSession):

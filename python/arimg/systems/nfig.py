@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from arimg.data.images import Images
-from arimg.generators.loop import Sampler, Turn
+from arimg.generators.loop import Sampler
 from arimg.guidance import BeyondConditional, Guidance, linear
 from arimg.nn.band_quantizer import BandQuantizer
 from arimg.systems.base import System
@@ -21,11 +18,8 @@ from arimg.tokenizers import VQVAE
 class NFIG(VarModel):
     """A VAR; what its tokens mean is the tokenizer's."""
 
+    title = "NFIG"
     sampler = Sampler(Guidance(4.5, linear, BeyondConditional()), top_k=990)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        own, plain = super().ways().items()
-        return {"NFIG": own[1], plain[0]: plain[1]}
 
 
 def quantizer() -> BandQuantizer:

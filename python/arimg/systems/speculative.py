@@ -9,15 +9,14 @@ have the law of the model. GSD is not exact as published; the exact rule is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 from arimg import ops
-from arimg.generators.loop import ALWAYS, Commit, Turn, generate
+from arimg.generators.loop import ALWAYS, Commit
 from arimg.generators.speculative import BiasedGrouped, Draft, Grouped, Jacobi
-from arimg.systems.base import System
+from arimg.systems.base import System, Way, way
 from arimg.systems.llamagen import SIZE, GridModel
 from arimg.systems.tokenizer import grid_tokenizer
 from arimg.tokenizers import VQVAE
@@ -37,11 +36,9 @@ class SpeculativeModel(GridModel):
     def commit(self) -> Commit:
         return next(iter(self.rules.values()))
 
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        def way(rule: Commit) -> Callable[[Tensor, int], Iterator[Turn]]:
-            return lambda labels, seed: generate(self, labels, seed=seed, commit=rule)
-
-        return {name: way(rule) for name, rule in {**self.rules, "token by token": ALWAYS}.items()}
+    def ways(self) -> dict[str, Way]:
+        rules = {**self.rules, "token by token": ALWAYS}
+        return {name: way(self, commit=rule) for name, rule in rules.items()}
 
 
 class DraftedModel(SpeculativeModel):

@@ -13,7 +13,7 @@ all rows; here every row sees its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from arimg.commit import ByRatio, Plan, arccosine
 from arimg.data.images import Images
-from arimg.generators.loop import ALWAYS, EachStep, Sampler, Session, Turn, generate
+from arimg.generators.loop import ALWAYS, EachStep, Sampler, Session, Turn
 from arimg.generators.scale_text import ScaleSession, ScaleText
 from arimg.generators.star_parts import NAMES, Refiner, StarBlock
 from arimg.guidance import BeyondConditional, Guidance, linear
@@ -42,6 +42,8 @@ class Star(ScaleText, SystemModel):
     order.
     """
 
+    title = "star"
+    plain = "one pass a scale", {"commit": ALWAYS, "refined": False}
     tokenizer = Hidden()
     sampler = Sampler(Guidance(4.0, linear, BeyondConditional()), top_k=600, top_p=0.8)
 
@@ -159,14 +161,6 @@ class Star(ScaleText, SystemModel):
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         assert isinstance(session, StarSession)
         return self.tokenizer.decode_features(session.f_hat)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "star": lambda labels, seed: generate(self, labels, seed=seed),
-            "one pass a scale": lambda labels, seed: generate(
-                self, labels, seed=seed, commit=ALWAYS, refined=False
-            ),
-        }
 
 
 class StarSession(ScaleSession):

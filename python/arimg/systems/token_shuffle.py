@@ -7,7 +7,6 @@ tokens, independently of each other, and the caches hold n / s^2 entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 
 from arimg import ops
 from arimg.generators.llamagen import Attend, Decoder, LlamaSession, drop
-from arimg.generators.loop import Sampler, Turn, generate
+from arimg.generators.loop import Sampler, Turn
 from arimg.guidance import Guidance, half_linear
 from arimg.layout import Layout
 from arimg.nn.rope import rope_2d
 from arimg.reference.kv_cache import Rope
-from arimg.systems.base import System
+from arimg.systems.base import System, Way, way
 from arimg.systems.llamagen import SIZE, GridModel
 from arimg.systems.tokenizer import grid_tokenizer
 from arimg.tokenizers import VQVAE
@@ -43,6 +42,7 @@ class ResidualMLP(nn.Module):
 class TokenShuffleModel(GridModel):
     """A LlamaGen over windows of s x s tokens. Sequences stand window by window, rows first within one."""
 
+    title = "Token-Shuffle"
     sampler = Sampler(Guidance(2.0, half_linear))
 
     def __init__(self, tokenizer: VQVAE, num_classes: int, s: int = 2, **size: Any) -> None:
@@ -100,15 +100,12 @@ class TokenShuffleModel(GridModel):
         prefix = self.prefix(self.with_unconditional(labels, guided))
         return ShuffleSession(self, prefix, len(labels), **options)
 
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
+    def ways(self) -> dict[str, Way]:
         """Its own, and windows of one token: a network of the same size with weights of its own."""
         taken = ("vocab_size", "num_classes", "grid")
         size: dict[str, Any] = {n: v for n, v in self.config().items() if n not in taken}
         plain = type(self)(self.tokenizer, self.num_classes, s=1, **size).eval()
-        return {
-            "Token-Shuffle": lambda labels, seed: generate(self, labels, seed=seed),
-            "a token a pass (s = 1, untrained)": lambda labels, seed: generate(plain, labels, seed=seed),
-        }
+        return {self.title: way(self), "a token a pass (s = 1, untrained)": way(plain)}
 
 
 class ShuffleSession(LlamaSession):

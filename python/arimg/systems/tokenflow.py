@@ -10,7 +10,6 @@ The released sampler calls the network without a cache; `cached=False` does so, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from arimg import ops
 from arimg.data.images import Images
-from arimg.generators.loop import EachStep, Repeat, Sampler, Session, Turn, generate
+from arimg.generators.loop import EachStep, Repeat, Sampler, Session, Turn
 from arimg.generators.scale_text import ScaleSession, ScaleText
 from arimg.guidance import Guidance, linear
 from arimg.layout import Layout
@@ -40,6 +39,8 @@ def _top_k(turn: Turn) -> int:
 class TokenFlow(ScaleText, SystemModel):
     """drafts: how often each scale is drawn."""
 
+    title = "tokenflow"
+    plain = "without a cache", {"cached": False}
     tokenizer = Hidden()
     sampler = Sampler(Guidance(7.5, linear), top_k=_top_k, top_p=0.8)
     turns = False
@@ -83,12 +84,6 @@ class TokenFlow(ScaleText, SystemModel):
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         assert isinstance(session, TokenFlowSession)
         return self.tokenizer.decode_features(session.f_hat)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "tokenflow": lambda labels, seed: generate(self, labels, seed=seed),
-            "without a cache": lambda labels, seed: generate(self, labels, seed=seed, cached=False),
-        }
 
 
 class TokenFlowSession(ScaleSession):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from arimg.data.images import Images
 from arimg.generators import VAR
-from arimg.generators.loop import Session, Turn, generate
+from arimg.generators.loop import Session
 from arimg.generators.var import VarSession
 from arimg.systems.base import System, SystemModel
 from arimg.systems.tokenizer import scale_tokenizer
@@ -21,6 +20,9 @@ from arimg.tokenizers import VQVAE
 
 class VarModel(VAR, SystemModel):
     """A VAR that trains on the indices of all scales side by side, int64 [B, L]."""
+
+    title = "VAR"
+    plain = "without a cache", {"cached": False}
 
     def encode(self, pixels: Tensor) -> Tensor:
         return torch.cat(self.tokenizer.encode(pixels), 1)
@@ -32,12 +34,6 @@ class VarModel(VAR, SystemModel):
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         assert isinstance(session, VarSession)
         return self.tokenizer.decode_features(session.f_hat)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "VAR": lambda labels, seed: generate(self, labels, seed=seed),
-            "without a cache": lambda labels, seed: generate(self, labels, seed=seed, cached=False),
-        }
 
 
 def tokenizer(images: Images, folder: Path) -> VQVAE:

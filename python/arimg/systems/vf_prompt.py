@@ -7,7 +7,6 @@ length of the prompt and its order with the class are not stated in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from arimg import ops
 from arimg.generators.llamagen import LlamaSession
-from arimg.generators.loop import Turn, generate
+from arimg.generators.loop import Turn
 from arimg.reference.kv_cache import Rope
 from arimg.systems.base import System
 from arimg.systems.llamagen import SIZE, GridModel
@@ -33,6 +32,8 @@ class VfPromptModel(GridModel):
     class that training saw, any class in the last row (for "no class"); seen: how many there were.
     """
 
+    title = "VF prompt"
+    plain = "prompt token by token", {"chunk": 1}
     bank: Tensor
     seen: Tensor
 
@@ -108,12 +109,6 @@ class VfPromptModel(GridModel):
             prompts = prompts.repeat(len(rows) // len(labels), 1)
         prefix = torch.cat((self.prefix(rows), self.embed(prompts)), 1)
         return VfSession(self, prefix, len(labels), **options)
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "VF prompt": lambda labels, seed: generate(self, labels, seed=seed),
-            "prompt token by token": lambda labels, seed: generate(self, labels, seed=seed, chunk=1),
-        }
 
 
 class VfSession(LlamaSession):
