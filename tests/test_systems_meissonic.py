@@ -36,9 +36,9 @@ def times_of(model, **options):
     """What the network is told in each pass."""
     told, predict = [], model.predict
 
-    def watched(text, tokens, time, micro=None):
+    def watched(said, tokens, time):
         told.append((time, (tokens == model.mask).sum(1)))
-        return predict(text, tokens, time, micro)
+        return predict(said, tokens, time)
 
     model.predict = watched
     try:
@@ -78,10 +78,25 @@ def test_rows_and_seeds(model):
         next(generate(model, LABELS, micro=torch.zeros(3, 4)))
 
 
+def test_what_no_pass_changes_is_computed_once(model, monkeypatch):
+    calls, rope = [], model.rope
+    monkeypatch.setattr(model, "rope", lambda: calls.append("rope") or rope())
+    names = ("conditioner.project", "numbers", "summary", "time")
+    for name in names:
+        part = model.get_submodule(name)
+        monkeypatch.setattr(part, "forward", lambda x, n=name, f=part.forward: calls.append(n) or f(x))
+    micro = torch.tensor([[64.0, 64, 0, 0, 6]]).expand(3, -1)
+    (tokens,) = final_tokens(generate(model, LABELS, seed=3, micro=micro))
+    assert sorted(calls) == sorted(["rope", "conditioner.project", "numbers", "summary"] + 8 * ["time"])
+    assert torch.equal(final_tokens(generate(model, LABELS, seed=3))[0], tokens)  # its default
+    other = final_tokens(generate(model, LABELS, seed=3, micro=micro * 3))[0]
+    assert not torch.equal(other, tokens)
+
+
 def test_halved_maps_have_a_quarter_of_the_inputs():
     model = make(compress=True)
     seen, mix = [], model.mix
-    model.mix = lambda words, h, vector: seen.append((words.shape[1], h.shape[1])) or mix(words, h, vector)
+    model.mix = lambda words, h, *more: seen.append((words.shape[1], h.shape[1])) or mix(words, h, *more)
     (tokens,) = final_tokens(generate(model, LABELS))
     assert set(seen) == {(4, 16)} and tokens.shape == (3, 64)
 
@@ -195,7 +210,7 @@ def test_a_released_state_dict_gives_the_network_of_its_authors():
     tokens = torch.randint(41, (2, 16))
     text = Text(states, torch.tensor([6, 6], dtype=torch.int32))
     with torch.no_grad():
-        got = model.predict(text, tokens, time, micro)
+        got = model.predict(model.told(text, micro), tokens, time)
         plain = Plain(state, model.rope())
         rows = torch.where(tokens == 40, 49, tokens)  # the mask is the last row
         for b in range(2):

@@ -7,6 +7,7 @@ block has attention and MLP beside each other, for both in one sequence. All are
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,19 @@ def waves(numbers: Tensor, channels: int = 256) -> Tensor:
 def mlp(c_in: int, width: int, bias: bool = True) -> nn.Sequential:
     """Of a vector."""
     return nn.Sequential(Linear(c_in, width, bias=bias), nn.SiLU(), Linear(width, width, bias=bias))
+
+
+class Told(NamedTuple):
+    """What no pass of a picture changes: its text as inputs [B, T, C], what modulates the blocks beside the
+    time [B, C], and the rotations of text and map.
+    """
+
+    words: Tensor
+    vector: Tensor
+    rope: Rope
+
+    def first(self, rows: int) -> Told:
+        return Told(self.words[:rows], self.vector[:rows], self.rope)
 
 
 class Heads(nn.Module):

@@ -10,7 +10,7 @@ mismatch that `released_timestep` gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg.commit import ByCounts, ByRatio, LinearNoise, Plan
-from arimg.generators.loop import EachStep, Sampler, Session, Turn, generate
+from arimg.generators.loop import EachStep, Sampler, Session, Turn
 from arimg.generators.meissonic_parts import (
     COMPRESS,
     EPS,
     NAMES,
     JointBlock,
     SingleBlock,
+    Told,
     as_matrices,
     mlp,
     waves,
@@ -49,6 +50,10 @@ def hidden_share(t: Tensor) -> Tensor:
     return torch.cos(math.pi / 2 * t)
 
 
+def _one_by_one(step: int, n: int) -> Plan:
+    return Plan(ByCounts((1,) * n), "gumbel", noise=LinearNoise(2.0))
+
+
 class MeissonicModel(SystemModel):
     """Full attention over text and map: joint blocks, then single ones. compress: 2 x 2 tokens are one input.
 
@@ -56,6 +61,8 @@ class MeissonicModel(SystemModel):
     sum, the micro-conditions and the time make the vector that modulates the blocks.
     """
 
+    title = "Meissonic"
+    plain = "one token per pass", {"commit": EachStep(_one_by_one)}
     tokenizer = Hidden()
     sampler = Sampler(Guidance(4.0))
 
@@ -141,25 +148,28 @@ class MeissonicModel(SystemModel):
         dims = (dim - 2 * plane, plane, plane)
         return rope_axes(places, dims, device=self.tok_embeddings.weight.device)
 
-    def predict(self, text: Text, tokens: Tensor, time: Tensor, micro: Tensor | None = None) -> Tensor:
+    def told(self, text: Text, micro: Tensor | None = None) -> Told:
+        """What `predict` needs of a text and of micro-conditions, float [B, 5], once for all passes."""
+        summary, words = text.last, self.words_norm(self.conditioner.project(text.states[:, :-1]))
+        given = summary.new_tensor(MICRO).expand(len(summary), -1) if micro is None else micro
+        numbers = self.numbers(torch.cat((summary, waves(given).to(summary)), 1))
+        return Told(words, self.summary(numbers), self.rope())
+
+    def predict(self, told: Told, tokens: Tensor, time: Tensor) -> Tensor:
         """Logits [B, n, V] of all tokens from those that are not hidden. time: float [B], 0 to 1000."""
-        summary, words = text.last, self.conditioner.project(text.states[:, :-1])
-        given = summary.new_tensor(MICRO).expand(len(tokens), -1) if micro is None else micro
-        told = self.summary(self.numbers(torch.cat((summary, waves(given).to(summary)), 1)))
-        vector = self.time(waves(time[:, None] * TIME).to(summary)) + told
+        vector = self.time(waves(time[:, None] * TIME).to(told.vector)) + told.vector
         h = self.embed_out(self.embed_norm(self.tok_embeddings(tokens)))
         if self.compress:
             h = self.down(self._map(self.down_norm(h), self.grid)).flatten(2).transpose(1, 2)
-        h = self.mix(self.words_norm(words), self.to_hidden(self.to_hidden_norm(h)), vector)
+        h = self.mix(told.words, self.to_hidden(self.to_hidden_norm(h)), vector, told.rope)
         h = self.from_hidden(self.from_hidden_norm(h))
         if self.compress:
             h = self.up(self._map(self.up_norm(h), self.grid // 2)).flatten(2).transpose(1, 2)
         logits: Tensor = self.output(self.head_norm(self.head(h))).float()
         return logits
 
-    def mix(self, words: Tensor, h: Tensor, vector: Tensor) -> Tensor:
+    def mix(self, words: Tensor, h: Tensor, vector: Tensor, rope: Rope) -> Tensor:
         """All blocks: words [B, T, C], the map's inputs [B, n, C], vector [B, C] -> the map's [B, n, C]."""
-        rope = self.rope()
         for block in self.joint:
             words, h = block(words, h, vector, rope)
         both = torch.cat((words, h), 1)
@@ -185,7 +195,8 @@ class MeissonicModel(SystemModel):
         hidden = self.hide(examples, hidden_share(torch.rand(len(examples), device=examples.device)))
         said = self.conditioner.drop(labels, self.class_dropout) if self.training else labels
         time = TIME * hidden.float().mean(1)
-        logits = self.predict(self.conditioner(said), examples.masked_fill(hidden, self.mask), time)
+        told = self.told(self.conditioner(said))
+        logits = self.predict(told, examples.masked_fill(hidden, self.mask), time)
         return F.cross_entropy(logits[hidden], examples[hidden])
 
     def begin(  # type: ignore[override]
@@ -198,28 +209,23 @@ class MeissonicModel(SystemModel):
         text = self.conditioner.beside_nothing(condition) if guided else self.conditioner(condition)
         if text.lengths.tolist() != [self.text_tokens + 1] * len(text.lengths):
             raise ValueError(f"expected texts of {self.text_tokens + 1}, got {text.lengths.tolist()}")
-        return MeissonicSession(self, text, rows, released_timestep, micro)
+        if micro is not None and guided:
+            micro = micro.repeat(2, 1)
+        return MeissonicSession(self, self.told(text, micro), rows, released_timestep)
 
     def decode(self, session: Session, tokens: list[Tensor]) -> Tensor:
         pictures: Tensor = self.tokenizer.decode(tokens)
         return pictures
 
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        single = EachStep(lambda step, n: Plan(ByCounts((1,) * n), "gumbel", noise=LinearNoise(2.0)))
-        return {
-            "Meissonic": lambda labels, seed: generate(self, labels, seed=seed),
-            "one token per pass": lambda labels, seed: generate(self, labels, seed=seed, commit=single),
-        }
-
 
 class MeissonicSession(Session):
-    """Nothing is carried but the text: each pass sees the tokens that are final and none of the others."""
+    """Nothing is carried but what the text says: each pass sees the tokens that are final and none of the
+    others.
+    """
 
-    def __init__(
-        self, model: MeissonicModel, text: Text, rows: int, released: bool, micro: Tensor | None
-    ) -> None:
-        self.model, self.text, self.rows, self.released, self.micro = model, text, rows, released, micro
-        self.layout, self.device = model.layout, text.states.device
+    def __init__(self, model: MeissonicModel, told: Told, rows: int, released: bool) -> None:
+        self.model, self.told, self.rows, self.released = model, told, rows, released
+        self.layout, self.device = model.layout, told.words.device
         self.vocabulary = model.mask
 
     def logits(self, turn: Turn) -> Tensor:
@@ -231,9 +237,8 @@ class MeissonicSession(Session):
         if self.released:
             time = torch.full_like(time, float(turn.number))
         copies = 1 if turn.guidance is None else 2
-        text = Text(*(t[: copies * self.rows] for t in self.text))
-        micro = None if self.micro is None else self.micro.repeat(copies, 1)
-        return model.predict(text, tokens.repeat(copies, 1), time.repeat(copies), micro)
+        told = self.told.first(copies * self.rows)
+        return model.predict(told, tokens.repeat(copies, 1), time.repeat(copies))
 
 
 def make(tokenizer: Any, classes: int) -> MeissonicModel:
