@@ -199,3 +199,13 @@ def test_a_run_is_read_again_and_shows_previews(tmp_path: Path, monkeypatch: pyt
     arguments = ["systems", "sample", "detailflow", "--run", str(tmp_path), "--n", "1", "-o", str(grid)]
     assert main([*arguments, "--previews"]) == 0
     assert Image.open(grid).size == (7 * 66 + 2, 2 * 66 + 2)  # 1, 2, 4, ... 64 tokens of two pictures
+
+
+def test_positions_are_group_and_place_in_it_and_the_class_has_none() -> None:
+    rope = model().rope()
+    assert not rope.cos[0].any() and not rope.sin[0].any()
+    frequencies = 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    for group, place in ((0, 0), (0, 3), (2, 1)):
+        angle = torch.cat((group * frequencies, place * frequencies))
+        torch.testing.assert_close(rope.cos[1 + 4 * group + place], angle.cos())
+        torch.testing.assert_close(rope.sin[1 + 4 * group + place], angle.sin())
