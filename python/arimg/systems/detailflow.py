@@ -13,7 +13,6 @@ with what the tokenizer's encoder made of the picture with that noise in sight (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from arimg.cache import KVCache
 from arimg.data.images import Images
 from arimg.generators import LlamaGen
 from arimg.generators.llamagen import LlamaSession
-from arimg.generators.loop import Sampler, Session, Turn, generate
+from arimg.generators.loop import Sampler, Session, Turn
 from arimg.guidance import Guidance
 from arimg.layout import Layout
 from arimg.nn.rope import rope_2d
@@ -59,6 +58,8 @@ class DetailFlowModel(LlamaGen, SystemModel):
 
     sampler = Sampler(Guidance(1.45))
     tokenizer = Hidden()
+    title = "DetailFlow"
+    plain = "without caches, as released", {"cached": False}
 
     def __init__(
         self, tokenizer: LatentTokenizer, num_classes: int, *, noise: float = 0.3, **size: Any
@@ -141,14 +142,6 @@ class DetailFlowModel(LlamaGen, SystemModel):
 
     def preview(self, session: Session, tokens: list[Tensor]) -> Tensor:
         return self.tokenizer.preview(torch.cat(tokens, 1))
-
-    def ways(self) -> dict[str, Callable[[Tensor, int], Iterator[Turn]]]:
-        return {
-            "DetailFlow": lambda labels, seed: generate(self, labels, seed=seed),
-            "without caches, as released": lambda labels, seed: generate(
-                self, labels, seed=seed, cached=False
-            ),
-        }
 
 
 class DetailFlowSession(LlamaSession):
