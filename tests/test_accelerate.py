@@ -15,6 +15,7 @@ from torch import nn
 
 import arimg
 from arimg.accelerate.swap import is_swapped
+from pretend_cuda import CUDA, pretend_cuda
 from standins import var as standin
 
 LABELS = torch.tensor([3, 7])
@@ -342,3 +343,12 @@ def test_a_view_draws_no_weights_and_does_not_wake_torchs_compiler():
     folder = Path(__file__).parent
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_on_a_gpu_the_convolutions_stay_and_the_report_says_so():
+    _, vae = make()
+    with pretend_cuda():
+        report = arimg.accelerate(vae.to(CUDA).decoder)
+    kept = [e.note for e in report.kept if e.part in ("ResnetBlock", "Upsample2x")]
+    assert not report.replaced and len(kept) == 10  # 2 in the middle, 2 a level, 2 times up
+    assert set(kept) == {"expected weights on the CPU, got cuda: torch's convolution"}

@@ -64,9 +64,19 @@ def recognise_autoencoder(report: Report, path: str, module: nn.Module) -> bool:
             report.swap(module, _ResidualBlock, path, "norm, SiLU and 3x3 in one pass")
         return True
     if _is_upsampling(path, module, children):
-        report.swap(module, _Upsample, path, "doubling and 3x3 in one pass")
+        reason = _elsewhere(children["conv"])
+        if reason:
+            report.keep(module, path, reason)
+        else:
+            report.swap(module, _Upsample, path, "doubling and 3x3 in one pass")
         return True
     return False
+
+
+def _elsewhere(conv: Any) -> str:
+    """Why there is no kernel where the weights are, or nothing."""
+    kind = conv.weight.device.type
+    return "" if kind == "cpu" else f"expected weights on the CPU, got {kind}: torch's convolution"
 
 
 def _unsuited_block(children: dict[str, nn.Module]) -> str:
@@ -77,6 +87,8 @@ def _unsuited_block(children: dict[str, nn.Module]) -> str:
     for name in ("conv1", "conv2"):
         if not _is_plain(children[name]):
             return f"expected {name} to be a 3x3 convolution of stride 1 and padding 1"
+        if reason := _elsewhere(children[name]):
+            return reason
     known = {"norm1", "conv1", "norm2", "conv2", "dropout", "nonlinearity", *_SHORTCUTS}
     extra = children.keys() - known
     if extra:
