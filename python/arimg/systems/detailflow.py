@@ -195,5 +195,7 @@ SYSTEM = System(
     " decoder, and learns from that encoder's features before it learns from pixels; the published one has a"
     " SigLIP2 encoder, perceptual and adversarial losses and a first token that learns the mean of SigLIP2's"
     " features; pictures of prefixes are snapped to the 8 pixels of a feature; noise in the generator's"
-    " training is drawn anew in each step (released: once, when the pictures are encoded)",
+    " training is drawn anew in each step (released: once, when the pictures are encoded); the small"
+    " tokenizer is trained too briefly to gain by it: noise harms it little, and what it encodes behind noise"
+    " is as near to the picture as what was there before (smaller ones, trained for longer, do gain)",
 )

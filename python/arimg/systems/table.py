@@ -27,6 +27,7 @@ Each is one short file of `python/arimg/systems/`: its composition, its numbers,
 arimg systems list
 arimg systems train {example} --data photos.tar          # the small version, minutes on a CPU; runs/{example}
 arimg systems sample {example} -o grid.png
+arimg systems sample detailflow --previews               # pictures of the first 1, 2, 4, ... tokens
 arimg systems bench {example}                            # the rows below
 ```
 This page is written by `arimg systems list --markdown`. Status: which classes load released weights, and
