@@ -103,11 +103,12 @@ def first_token_nll(kind: str, seed: int) -> float:
     m = VfPromptModel(tokenizer, 2, kind=kind, prompt=6, **{**SMALL, "depth": 1}).train()
     optimizer = torch.optim.Adam(m.parameters(), 3e-3)
     labels, losses = torch.arange(64) % 2, []
-    for step in range(200):
+    for step in range(120):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 120)  # it runs after the last modes
         code = (4 * labels + 2 * torch.randint(2, (2,))[labels])[:, None]  # of the mode of each class
         m.remember(code + torch.randint(2, (64, 16)), labels)
         pictures = code + torch.randint(2, (64, 16))
-        if step >= 150:
+        if step >= 90:
             with torch.no_grad():
                 logits = m(labels, pictures[:, :0], m.prompts(labels, step))
             losses.append(torch.nn.functional.cross_entropy(logits[:, 0], pictures[:, 0]))
@@ -122,9 +123,10 @@ def test_a_prompt_of_the_class_tells_its_mode_and_a_universal_one_does_not() -> 
     """Four codes of a class are 2 log 2, the two of a mode log 2 = 0.69. Were pictures independent given
     their class, no prompt could tell anything.
     """
-    informed, blind = (first_token_nll(kind, 0) for kind in ("class", "universal"))
-    # seeds 0, 1, 2: 0.70 each, and 1.9 to 2.7: without a hint the network runs after the last modes
-    assert informed < 0.9 and blind > 1.3
+    informed, blind = ([first_token_nll(kind, s) for s in range(3)] for kind in ("class", "universal"))
+    checks.check_apart(informed, blind)
+    # the network that is told nothing runs after the last modes, and is worse than 1.39
+    assert max(informed) < 0.9 and min(blind) > 1.3, (informed, blind)
 
 
 def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
