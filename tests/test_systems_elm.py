@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import system_checks as checks
 from arimg.generators.loop import Sampler
+from arimg.nn.scale_quantizer import ScaleQuantizer
 from arimg.systems import find
 from arimg.systems.elm import BinaryQuantizer, ElmModel, pack, unpack
 from arimg.systems.tokenizer import around
@@ -94,6 +95,41 @@ def test_pictures_are_those_of_the_bits_and_gradients_pass_through_them() -> Non
         m(torch.tensor([0]), tokens[:1, :3, :1])
 
 
+def code_usage(quantizer: nn.Module, seed: int) -> tuple[float, Tensor]:
+    """Behind a little training between two linear layers, on noise of 16 channels: the share of the 256
+    codes that 4096 other positions use, and how often each is used.
+    """
+    torch.manual_seed(seed)
+    encoder, decoder = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+    parameters = [p for m in (encoder, decoder, quantizer) for p in m.parameters()]
+    optimizer = torch.optim.Adam(parameters, 1e-2)
+    quantizer.train()
+    for _ in range(200):
+        pixels = torch.randn(64, 16, 4, 4)
+        out = quantizer(encoder(pixels))
+        loss = (decoder(out.f_hat) - pixels).square().mean() + out.loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    quantizer.eval()
+    with torch.no_grad():
+        (index,) = quantizer.encode(encoder(torch.randn(256, 16, 4, 4)))
+    counts = index.flatten().bincount(minlength=256)
+    return float((counts > 0).float().mean()), counts
+
+
+def test_bits_leave_no_code_unused_and_a_codebook_does() -> None:
+    """Codes that start small, as those of VQ do, and are not restarted: 1.00, and 0.40 to 0.43."""
+    vq, bits = [], []
+    for seed in range(3):
+        share, counts = code_usage(BinaryQuantizer(8, 4), seed)
+        p = unpack(torch.arange(256), 8).double().mul(counts[:, None]).sum(0) / counts.sum()
+        assert share > 0.98 and (p * p.log2() + (1 - p) * (1 - p).log2() < -0.98).all()  # of each bit
+        bits.append(share)
+        vq.append(code_usage(ScaleQuantizer(256, 8, ((4, 4),), shared_phi=1, ratio=0.0), seed)[0])
+    assert max(vq) < 0.6 * min(bits), vq
+
+
 def picture_nll(chunks: int, seed: int) -> float:
     """Of a token, behind training: its 8 bits are those of the token before, each flipped in one of ten."""
     tokenizer = checks.tokenizer()
@@ -116,9 +152,10 @@ def picture_nll(chunks: int, seed: int) -> float:
 
 def test_two_small_heads_say_as_much_as_a_large_one() -> None:
     """Bits that are independent given the token before: 8 log 2 for the first token, then 8 H(0.1) each."""
-    one, two = (picture_nll(chunks, 0) for chunks in (1, 2))
-    # The entropy is 2.785; seeds 0 and 1: 2.83 and 2.81 with two heads, 2.90 and 2.88 with one.
-    assert 2.75 < two < one + 0.05 and one < 3.0
+    one, two = ([picture_nll(chunks, seed) for seed in range(3)] for chunks in (1, 2))
+    # The entropy is 2.785; three seeds: 2.80 to 2.83 with two heads, 2.88 to 2.90 with one.
+    assert min(two) > 2.75 and max(one) < 3.0
+    assert all(a < b + 0.05 for a, b in zip(two, one))
 
 
 def test_the_whole_model_draws_the_same_on_emulated_cuda() -> None:
