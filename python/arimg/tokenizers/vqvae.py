@@ -122,21 +122,9 @@ class VQVAE(nn.Module):
             if n != len(SCALES_256):
                 raise ValueError(f"expected scales=(...) with {n} entries for this state dict, got none")
             scales = SCALES_256
-        with checkpoint.without_weights():
-            model = cls(
-                vocab,
-                z,
-                ch,
-                [w // ch for w in widths],
-                scales,
-                blocks=checkpoint.count(state, "encoder.down.0.block."),
-                shared_phi=shared,
-                **options,
-            )
-        model = model.to_empty(device="cpu").eval()
-        model.quantize.ema_vocab_hit_SV.zero_()
-        checkpoint.load_checked(model, state, what)
-        return model
+        blocks = checkpoint.count(state, "encoder.down.0.block.")
+        size = (vocab, z, ch, [w // ch for w in widths], scales)
+        return checkpoint.built(lambda: cls(*size, blocks=blocks, shared_phi=shared, **options), state, what)
 
     def with_scales(self, scales: Sequence[int | Sequence[int]]) -> "VQVAE":
         """The same weights, shared, under another schedule with as many scales (for another image size)."""
@@ -199,9 +187,9 @@ class VQVAE(nn.Module):
 
 
 def _fit_usage_counts(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Usage counts belong to training: a state dict without them, or with those of another schedule,
-    loads.
+    """Usage counts belong to training: a state dict without them, or with those of another schedule, loads
+    and starts them anew.
     """
     own = module.get_buffer(_USAGE)
     if prefix + _USAGE not in state or state[prefix + _USAGE].shape != own.shape:
-        state[prefix + _USAGE] = own
+        state[prefix + _USAGE] = torch.zeros_like(own)
