@@ -34,6 +34,14 @@ def no_thread_stays():
     assert set(threading.enumerate()) <= before
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """In a shell's background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # Results ------------------------------------------------------------------------------------------------
 
 
