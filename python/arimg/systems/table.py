@@ -36,8 +36,8 @@ how, [is here](drop-in.md#released-weights-of-other-systems).
 Measured: {about}; one picture at a time, the tokenizer's decoder not included. "Plain method" is the same
 network and weights sampled the plain way, or what its name says. The models are tiny (about 64 tokens, 2
 to 6 layers), so a pass costs little, and what saves passes at a price of its own (speculation,
-refinement) does not pay here. They were trained for 60 to 500 steps: their pictures are coloured shapes,
-JPEG-LM's are noise.
+refinement) does not pay here. Trained for 150 to 600 steps, their pictures are coloured shapes on white;
+JPEG-LM's, after 600, are still mosaics of waves (5.0 nats a byte on real pictures, 5.6 on random ones).
 """
 
 
