@@ -104,13 +104,19 @@ def translated(
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Leaves weights as they are made: to draw them on "meta", torch would import its compiler (70 MB)."""
+    """Leaves weights as they are made: to draw or scale them on "meta", where they have no values, torch
+    would import its compiler and sympy (100 MB).
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):  # of tensors, and of torch.nn.init
+        if getattr(func, "__name__", "") in (
+            "normal_",
+            "uniform_",
+            "div_",
+        ):  # of tensors, and of torch.nn.init
             weight: Tensor = args[0] if args else kwargs["tensor"]
             if weight.is_meta:
                 return weight
