@@ -9,8 +9,6 @@ the cache a token reads.
 from __future__ import annotations
 
 import os
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ import pytest
 import torch
 
 import arimg
+from arimg.benchmark import peak_kib
 
 SMOKE = os.environ.get("ARIMG_BENCH_SMOKE") == "1"
 TOKENS = 16 if SMOKE else 256
@@ -187,16 +186,8 @@ MODELS: dict[str, Callable[[], tuple[Any, Callable[..., torch.Tensor]]]] = {"lla
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_memory(name: str) -> None:
-    """The peak of a process that accelerates is not above that of one that does not (but for a percent)."""
-    peaks = {}
-    for which in ("arimg", "original"):
-        command = [sys.executable, __file__, name, which]
-        peaks[which] = int(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
-        )
-    print(f"\n{name}: peak of the process, MB: " + ", ".join(f"{k} {v / 1e3:.0f}" for k, v in peaks.items()))
-    assert peaks["arimg"] < 1.01 * peaks["original"] + 10e3
+def test_memory(name: str, peaks) -> None:
+    peaks(__file__, name, "original")
 
 
 if __name__ == "__main__":
@@ -204,4 +195,4 @@ if __name__ == "__main__":
     if sys.argv[2] == "arimg":
         arimg.accelerate(model)
     draw(model)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_kib())

@@ -8,8 +8,6 @@ a whole picture (576 tokens after the prompt), the others a growing one; TOKENS 
 from __future__ import annotations
 
 import os
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ import pytest
 import torch
 
 import arimg
+from arimg.benchmark import peak_kib
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 transformers.logging.set_verbosity_error()
@@ -168,14 +167,8 @@ def test_generate(name: str, dtype: torch.dtype, paired) -> None:
 
 
 @pytest.mark.parametrize("name", ["janus", "chameleon"])
-def test_memory(name: str) -> None:
-    """The peak of a process that accelerates is not above that of one that does not (but for a percent)."""
-    peaks = {}
-    for which in ("arimg", PLAIN):
-        command = [sys.executable, __file__, name, which]
-        peaks[which] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(f"\n{name}: peak of the process, MB: " + ", ".join(f"{k} {v / 1e3:.0f}" for k, v in peaks.items()))
-    assert peaks["arimg"] < 1.01 * peaks[PLAIN] + 10e3
+def test_memory(name: str, peaks) -> None:
+    peaks(__file__, name, PLAIN)
 
 
 if __name__ == "__main__":
@@ -183,4 +176,4 @@ if __name__ == "__main__":
     if sys.argv[2] == "arimg":
         arimg.accelerate(model)
     generate(model)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_kib())

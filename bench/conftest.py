@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +125,27 @@ def paired(benchmark: Any, ceilings: dict[str, float]) -> Callable[..., dict[str
         return {row["name"]: row["median_ms"] / 1e3 for row in rows}
 
     return run
+
+
+@pytest.fixture
+def peaks() -> Callable[[str, str, str], None]:
+    """peaks(script, model, peer): the peak of a process that accelerates is not above that of one that does
+    not (but for a percent).
+
+    `python script model ours-or-peer` makes one picture and prints its peak in KiB last.
+    """
+
+    def check(script: str, model: str, peer: str) -> None:
+        found = {}
+        for which in (OURS, peer):
+            command = [sys.executable, script, model, which]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found[which] = int(said.split()[-1])
+        numbers = ", ".join(f"{name} {peak / 1e3:.0f}" for name, peak in found.items())
+        print(f"\n{model}: peak of the process, MB: {numbers}")
+        assert found[OURS] < 1.01 * found[peer] + 10e3
+
+    return check
 
 
 def _row(group: str, name: str, seconds: list[float]) -> dict[str, Any]:

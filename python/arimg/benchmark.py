@@ -356,6 +356,12 @@ def reads(source: Tensor) -> list[Callable[[], object]]:
     return [source.sum, source.max, lambda: rows.sum(1), lambda: ops.linear_rows(one, rows)]
 
 
+def peak_kib() -> int:
+    """The most memory that this process has had. Linux: `ru_maxrss` may be that of the process before it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def best(function: Callable[[], object], rounds: int) -> float:
     function()
     times = []
