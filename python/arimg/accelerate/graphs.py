@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from arimg.accelerate.swap import Mixin
+
 Outputs = Sequence[Tensor]
 
 
@@ -189,3 +191,15 @@ class Graphs:
         done = f"{self.counts.captures} captured, {self.counts.replays} replayed so far"
         text = f"captured at the second step of a shape ({done})"
         return f"{text}; not used: {'; '.join(self.counts.reasons)}" if self.counts.reasons else text
+
+
+class Graphed(Mixin):
+    """Base of a replacement whose steps may have graphs, which end with it."""
+
+    graphs: Graphs | None
+
+    def _arimg_release(self) -> None:
+        module: Any = self
+        super()._arimg_release()
+        if module.graphs is not None:
+            module.graphs.kept.pop(module, None)

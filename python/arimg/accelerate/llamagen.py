@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from arimg import ops
-from arimg.accelerate.graphs import GraphedStep, Graphs, tensors_of
+from arimg.accelerate.graphs import Graphed, GraphedStep, Graphs, tensors_of
 from arimg.accelerate.report import Report
-from arimg.accelerate.swap import Mixin, has_hooks
+from arimg.accelerate.swap import has_hooks
 from arimg.accelerate.view import Storage, bytes_of_codes, misfit, parameters_of, view_of
 from arimg.generators import TextLlamaGen
 from arimg.generators.llamagen import Decoder, LlamaGen
@@ -77,18 +77,15 @@ def _reads_text(module: Any) -> bool:
     return getattr(module, "model_type", "c2i") == "t2i"
 
 
-class _Generator(Mixin):
+class _Generator(Graphed):
     """One token for each row of a batch, from the caches that the original code allocated."""
 
     weights_storage: Storage
-    graphs: Graphs | None
 
     def _arimg_release(self) -> None:
         module: Any = self
         super()._arimg_release()
         _plans.pop(module, None)
-        if module.graphs is not None:
-            module.graphs.kept.pop(module, None)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
         module: Any = self

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from arimg import ops
-from arimg.accelerate.graphs import Graphs
+from arimg.accelerate.graphs import Graphed
 from arimg.accelerate.report import Report
 from arimg.accelerate.swap import Mixin, has_hooks
 from arimg.accelerate.var_graphs import Sessions
@@ -82,19 +82,12 @@ def _generator_view(module: Any) -> _View:
     return view
 
 
-class _Generator(Mixin):
+class _Generator(Graphed):
     """Sampling: caches allocated once, fused norms and sampling, constants computed once. Scoring and
     training: no mask.
     """
 
     weights_storage: torch.dtype | None
-    graphs: Graphs | None
-
-    def _arimg_release(self) -> None:
-        module: Any = self
-        super()._arimg_release()
-        if module.graphs is not None:
-            module.graphs.kept.pop(module, None)
 
     @torch.no_grad()
     def autoregressive_infer_cfg(
