@@ -38,7 +38,7 @@ def images(system: System) -> Images:
 @pytest.fixture
 def model(system: System, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SystemModel:
     """Untrained, on a tokenizer that was not trained either."""
-    monkeypatch.setattr(tokenizers, "_train", lambda model, *_: model)
+    monkeypatch.setattr(tokenizers, "_train", lambda task, *_: task.modules["model"])
     torch.manual_seed(0)
     return system.make(system.tokenizer(images, tmp_path), len(images.classes))
 

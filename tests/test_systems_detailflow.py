@@ -190,7 +190,7 @@ def test_previews_are_prefixes_of_the_picture(trained: LatentTokenizer) -> None:
 
 def test_a_run_is_read_again_and_shows_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system, grid = find("detailflow"), tmp_path / "grid.png"
-    monkeypatch.setattr(tokenizers, "_train", lambda model, *_: model)
+    monkeypatch.setattr(tokenizers, "_train", lambda task, *_: task.modules["model"])
     images = Images(np.zeros((1, 64, 64, 3), np.uint8), np.zeros(1, np.int64), ("a",), ("red", "blue"))
     m = system.make(system.tokenizer(images, tmp_path), 2)
     registry.save(registry.Trained(system, m, images.classes), tmp_path)

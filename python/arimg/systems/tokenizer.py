@@ -4,6 +4,7 @@ scale.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,9 @@ def grid_tokenizer(images: Images, folder: Path, steps: int = 600, vocab: int = 
     path = folder / models.TOKENIZER_FILE
     if path.exists():
         return tokenizers.load(path)
-    model = _train(_single_scale(scale_tokenizer(), vocab), images, folder, steps, steps // 2)
+    settings = _settings(5e-4, restart_until=steps // 2)
+    model = _train(TokenizerTask(_single_scale(scale_tokenizer(), vocab), images, settings), folder, steps)
+    assert isinstance(model, VQVAE)
     tokenizers.save(model, path)
     return model
 
@@ -51,7 +54,8 @@ def quantizer_tokenizer(
     training forward. Its codes are not restarted. decoder_only: codes and encoder stay as they are. Written
     and read as by `grid_tokenizer`.
     """
-    return _kept(around(quantizer), images, folder, steps, 0, decoder_only)
+    made, settings = around(quantizer), _settings(5e-4, decoder_only=decoder_only)
+    return _kept(made, folder, steps, lambda: TokenizerTask(made, images, settings))
 
 
 def latent_tokenizer(
@@ -64,18 +68,20 @@ def latent_tokenizer(
     """
     torch.manual_seed(0)
     made = LatentTokenizer(scale_tokenizer().float(), layout, **size)
-    return _kept(made, images, folder, steps, steps // 2)
+    settings = _settings(2e-3, vq=0.02, restart_until=steps // 2)
+    return _kept(made, folder, steps, lambda: LatentTask(made, images, settings, pixels_from=4 * steps // 5))
 
 
-def _kept(model: Made, images: Images, folder: Path, *training: Any) -> Made:
-    """With the weights that lie in the folder, else trained."""
+def _kept(model: Made, folder: Path, steps: int, task: Callable[[], TokenizerTask]) -> Made:
+    """With the weights that lie in the folder, else trained by the task."""
     path = folder / models.TOKENIZER_FILE
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
-    model = _train(model, images, folder, *training)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
-    return model.eval()
+    trained = _train(task(), folder, steps)
+    assert isinstance(trained, type(model))
+    save_file({name: t.contiguous() for name, t in trained.state_dict().items()}, path)
+    return trained.eval()
 
 
 def around(quantizer: nn.Module) -> VQVAE:
@@ -88,25 +94,17 @@ def around(quantizer: nn.Module) -> VQVAE:
     return model.eval()
 
 
-def _train(
-    model: Made, images: Images, folder: Path, steps: int, restart_until: int, decoder_only: bool = False
-) -> Made:
-    latent = isinstance(model, LatentTokenizer)
-    settings = TokenizerSettings(
-        lr=2e-3 if latent else 5e-4, vq=0.02 if latent else 1.0, restart_every=50 if restart_until else 0,
-        restart_until=restart_until, bf16=True, decoder_only=decoder_only,
-    )  # fmt: skip
+def _settings(lr: float, *, restart_until: int = 0, **settings: Any) -> TokenizerSettings:
+    every = 50 if restart_until else 0
+    return TokenizerSettings(lr=lr, restart_every=every, restart_until=restart_until, bf16=True, **settings)
+
+
+def _train(task: TokenizerTask, folder: Path, steps: int) -> nn.Module:
     config = RunConfig(
         folder / "tokenizer", steps=steps, batch_size=16, warmup=20, ema=0.99, grid_every=steps
     )
-    model.train()
-    if isinstance(model, LatentTokenizer):
-        task = LatentTask(model, images, settings, pixels_from=4 * steps // 5)
-    else:
-        task = TokenizerTask(model, images, settings)
-    trained = fit(task, config)
-    assert isinstance(trained, type(model))
-    return trained
+    task.modules["model"].train()
+    return fit(task, config)
 
 
 def _single_scale(source: VQVAE, vocab: int) -> VQVAE:
